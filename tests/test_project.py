@@ -1,0 +1,52 @@
+"""What the project promises about itself."""
+import json, re, subprocess, sys
+from pathlib import Path
+import pytest
+from dal_med.run.config import Config, read_yaml, make_config
+from dal_med.run.sweep import expand
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATES = [*(ROOT/'nbs'/'experiments').glob('*.ipynb'), *(ROOT/'nbs'/'analysis').glob('*.ipynb'), *(ROOT/'nbs'/'benchmarks').glob('*.ipynb')]
+ROOMS = {'data': 1, 'learn': 2, 'query': 3, 'generate': 4, 'measure': 5, 'loop': 6, 'run': 7}
+
+
+def test_import_is_light():
+    code = "import sys, dal_med; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+@pytest.mark.parametrize('notebook', TEMPLATES, ids=lambda p: p.stem)
+def test_one_parameters_cell(notebook):
+    "nbdev_clean must have left papermill's tag where it was; without it the defaults would win silently."
+    cells = json.loads(notebook.read_text())['cells']
+    assert sum('parameters' in c['metadata'].get('tags', []) for c in cells) == 1
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'experiments').glob('*.yaml')), ids=lambda p: p.stem)
+def test_experiment_files_are_valid(path):
+    content = read_yaml(path)
+    if 'vary' in content:
+        base = {**(read_yaml(path.parent/content['base']) if 'base' in content else {}), **content.get('parameters', {})}
+        assert len(expand(content, base, 'out', path.name)) > 1
+    else: make_config(content, path.name)
+
+
+def test_rooms_import_downwards():
+    "A room imports only from rooms with a smaller number; query and generate know nothing of each other."
+    for path in (ROOT/'dal_med').rglob('*.py'):
+        room = path.relative_to(ROOT/'dal_med').parts[0]
+        if room not in ROOMS: continue
+        used = set(re.findall(r'^(?:from|import) (?:dal_med\.|\.\.)(\w+)', path.read_text(), re.M))  # nbdev writes imports of its own package as relative ones
+        for other in used:
+            assert other == room or ROOMS[other] < ROOMS[room], f'{path} imports from {other}'
+            assert {room, other} != {'query', 'generate'}, f'{path} imports from {other}'
+            assert room != 'measure' or other in ('data', 'measure'), f'{path}: measures need only arrays, tables and atomic files'
+
+
+def test_misspelt_parameter_stops_papermill(tmp_path):
+    "papermill alone would warn and run the default."
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT/'nbs'/'experiments'/'active_learning.ipynb'), str(tmp_path/'out.ipynb'), '-k', 'python3',
+                           '-p', 'stratgy', 'random', '-p', 'folder', str(tmp_path/'run'), '--no-progress-bar'], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "unknown parameter 'stratgy': did you mean 'strategy'?" in done.stderr
+    assert not (tmp_path/'run').exists()
