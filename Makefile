@@ -23,7 +23,7 @@ $(VENV)/ready: constraints.txt settings.ini setup.py
 demo: $(VENV)/ready
 	$(BIN)/dal_sweep nbs/experiments/demo.yaml $(DEMO)
 	OMP_NUM_THREADS=2 $(BIN)/papermill nbs/analysis/learning_curves.ipynb $(DEMO)/learning_curves.ipynb -k python3 --no-progress-bar --log-level ERROR \
-	    -p runs $(DEMO)/runs -p dataset '' -p figure $(DEMO)/learning_curves -p resamples 300
+	    -p sweep $(DEMO) -p figure $(DEMO)/learning_curves -p resamples 300
 	@echo
 	@echo 'executed notebooks   $(DEMO)/notebooks and $(DEMO)/learning_curves.ipynb'
 	@echo 'records              $(DEMO)/runs'

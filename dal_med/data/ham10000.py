@@ -6,7 +6,7 @@
 __all__ = ['ABOUT', 'find_table', 'read_table', 'find_files', 'find_packed', 'matched', 'Ham10000Source', 'read_ham10000',
            'read_one', 'read_all', 'prepare_ham10000']
 
-# %% ../../nbs/1_data/ham10000.ipynb #1dbb2184
+# %% ../../nbs/1_data/ham10000.ipynb #4edb565a
 import hashlib, json, os, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .atomic import sha256_file
 from .datasets import Dataset, is_prepared, open_dataset, write_dataset
 from .images import decode, fit_square
@@ -81,7 +81,7 @@ def find_packed(source: Path, # folder of the Parquet files
         found |= dict(zip(table.image_id, table[column]))
     return found
 
-# %% ../../nbs/1_data/ham10000.ipynb #f08d118b
+# %% ../../nbs/1_data/ham10000.ipynb #9a8cb72c
 def matched(found: dict, # image id -> file or bytes
             ids: list[str], # ids of the metadata table
             kind: str, # 'image' or 'mask', for the message
@@ -89,12 +89,13 @@ def matched(found: dict, # image id -> file or bytes
             source: Path # where was looked, for the message
            ) -> list: # what was found, in the order of `ids`
     "One file a row and one row a file, or a `ValueError` that names those without."
+    remedy = ', or prepare without masks (--no-masks)' if kind == 'mask' else ''
     missing, extra = [i for i in ids if i not in found], sorted(set(found) - set(ids))
-    if missing: raise ValueError(f'{table}, column image_id: {len(missing)} rows have no {kind} under {source} ({listed(missing)}); complete the download, or remove these rows')
-    if extra: raise ValueError(f'{source}: {len(extra)} {kind}s have no row in {table} ({listed(extra)}); complete the table, or remove these {kind}s')
+    if missing: raise ValueError(f'{table}, column image_id: {len(missing)} rows have no {kind} under {source} ({listed(missing)}); complete the download, or remove these rows{remedy}')
+    if extra: raise ValueError(f'{source}: {len(extra)} {kind}s have no row in {table} ({listed(extra)}); complete the table, or remove these {kind}s{remedy}')
     return [found[i] for i in ids]
 
-# %% ../../nbs/1_data/ham10000.ipynb #63a6efe7
+# %% ../../nbs/1_data/ham10000.ipynb #c449379d
 @dataclass(frozen=True)
 class Ham10000Source:
     "The source files, matched with each other, not decoded yet."
@@ -103,24 +104,25 @@ class Ham10000Source:
     masks: list | None # (n,) paths, or encoded bytes; None where there are none
     fingerprint: str # hash of file names, file sizes and the table's content
 
-def read_ham10000(source: str | Path # folder of the official download, or of the Parquet files
+def read_ham10000(source: str | Path, # folder of the official download, or of the Parquet files
+                  masks: bool = True # also the lesion masks, where there are any
                  ) -> Ham10000Source:
     "Read the table, find each image and mask, and check that they fit; no pixel is read."
     source = Path(source)
     file = find_table(source)
     table = read_table(file)
     if list(file.parent.glob('images_*.parquet')):
-        files = sorted([*file.parent.glob('images_*.parquet'), *file.parent.glob('lesion_masks_*.parquet')])
-        images, masks = find_packed(file.parent, 'images_*.parquet', 'image'), find_packed(file.parent, 'lesion_masks_*.parquet', 'mask')
+        images, inside = find_packed(file.parent, 'images_*.parquet', 'image'), find_packed(file.parent, 'lesion_masks_*.parquet', 'mask') if masks else {}
+        files = sorted([*file.parent.glob('images_*.parquet'), *(file.parent.glob('lesion_masks_*.parquet') if masks else ())])
     else:
-        images, masks = find_files(source, r'(ISIC_\d+)\.(?:jpe?g|png)'), find_files(source, r'(ISIC_\d+)_segmentation\.png')
-        files = [*images.values(), *masks.values()]
+        images, inside = find_files(source, r'(ISIC_\d+)\.(?:jpe?g|png)'), find_files(source, r'(ISIC_\d+)_segmentation\.png') if masks else {}
+        files = [*images.values(), *inside.values()]
     ids = list(table.image_id)
     content = json.dumps([sha256_file(file), sorted([f.name, f.stat().st_size] for f in files)])
-    return Ham10000Source(table, matched(images, ids, 'image', file, source), matched(masks, ids, 'mask', file, source) if masks else None,
+    return Ham10000Source(table, matched(images, ids, 'image', file, source), matched(inside, ids, 'mask', file, source) if inside else None,
                           hashlib.sha256(content.encode()).hexdigest())
 
-# %% ../../nbs/1_data/ham10000.ipynb #65a5764b
+# %% ../../nbs/1_data/ham10000.ipynb #464fdd8a
 def read_one(name: str, # image id, for the message
              image: Path | bytes, # the encoded image
              mask: Path | bytes | None, # its encoded mask
@@ -128,7 +130,7 @@ def read_one(name: str, # image id, for the message
              fit: str # 'crop', 'pad' or 'squash'
             ) -> tuple: # pixels, mask or None, thumbnail, digest of the whole frame
     "Decode one image with its mask, once."
-    img = decode(image, name if isinstance(image, bytes) else None)
+    img = decode(image, name if isinstance(image, bytes) else None, at_least=2*max(size, 24))
     inside = None
     if mask is not None:
         m = decode(mask, f'mask of {name}' if isinstance(mask, bytes) else None).convert('L')
@@ -136,18 +138,17 @@ def read_one(name: str, # image id, for the message
         inside = fit_square(m, size, fit, nearest=True) > 127
     return fit_square(img, size, fit), inside, thumbnail(img), hashlib.sha256(f'{img.size}'.encode() + img.tobytes()).hexdigest()
 
-# %% ../../nbs/1_data/ham10000.ipynb #9859458b
+# %% ../../nbs/1_data/ham10000.ipynb #f259146c
 def read_all(source: Ham10000Source, # what to decode
              size: int, # side of the square, pixels
              fit: str, # 'crop', 'pad' or 'squash'
-             masks: bool = True, # also the masks, where there are any
              progress: bool = True # show a bar with the time left
             ) -> list[tuple]: # (n,) what `read_one` gives
     "Decode everything in threads on all cores (PIL decodes and resizes outside Python's lock); one error names all damaged images."
     def attempt(row):
         try: return read_one(*row, size, fit)
         except (ValueError, OSError) as e: return e
-    found = source.masks if masks and source.masks else [None]*len(source.images)
+    found = source.masks or [None]*len(source.images)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     with ThreadPoolExecutor(cores) as pool:
         rows = list(tqdm(pool.map(attempt, zip(source.table.image_id, source.images, found)), total=len(found), desc=f'HAM10000 at {size} px', unit='images', disable=not progress))
@@ -155,7 +156,7 @@ def read_all(source: Ham10000Source, # what to decode
     if bad: raise ValueError(f'{len(bad)} of {len(rows):,} images cannot be used, nothing was written; ' + '; '.join(map(str, bad[:5])) + ('; ...' if len(bad) > 5 else ''))
     return rows
 
-# %% ../../nbs/1_data/ham10000.ipynb #5ef1e64d
+# %% ../../nbs/1_data/ham10000.ipynb #7f54c5e0
 ABOUT = dict(name='ham10000', classes=HAM10000, licence='CC BY-NC 4.0',
              source='HAM10000, Harvard Dataverse, doi:10.7910/DVN/DBW86T; masks: doi:10.1038/s41591-020-0942-0',
              citation='Tschandl P., Rosendahl C., Kittler H. The HAM10000 dataset, a large collection of multi-source dermatoscopic images of common pigmented skin lesions. '
@@ -169,10 +170,10 @@ def prepare_ham10000(source: str | Path, # folder of the official download, or o
                      progress: bool = True # show a bar with the time left
                     ) -> Dataset:
     "Write HAM10000 as a prepared data set, grouped by lesion and near-duplicate; a second call finds it there."
-    found = read_ham10000(source)
-    request = dict(fingerprint=found.fingerprint, size=size, fit=fit, masks=bool(masks and found.masks))
+    found = read_ham10000(source, masks)
+    request = dict(fingerprint=found.fingerprint, size=size, fit=fit, masks=found.masks is not None)
     if is_prepared(dest, ABOUT['name'], request): return open_dataset(dest, verify=True)
-    images, inside, thumbnails, digests = zip(*read_all(found, size, fit, masks, progress))
+    images, inside, thumbnails, digests = zip(*read_all(found, size, fit, progress))
     lesions, ids = found.table.lesion_id.to_numpy(str), found.table.image_id.to_numpy(str)
     near, same = near_duplicates(np.stack(thumbnails)), identical_images(digests)
     groups = join_groups(lesions, np.concatenate([near, same]))

@@ -26,9 +26,10 @@ def to_rgb(img: Image.Image # any mode
         img = Image.alpha_composite(Image.new('RGBA', img.size, (0, 0, 0, 255)), img)
     return img if img.mode == 'RGB' else img.convert('RGB')
 
-# %% ../../nbs/1_data/images.ipynb #c573e8f5
+# %% ../../nbs/1_data/images.ipynb #4ddff0dd
 def decode(source: bytes | str | Path, # the file's bytes, or where it lies
-           name: str | None = None # what to call it in an error; a path names itself
+           name: str | None = None, # what to call it in an error; a path names itself
+           at_least: int | None = None # pixels a side that suffice: a JPEG may then be decoded at a half, a quarter or an eighth
           ) -> Image.Image: # mode RGB, upright
     "Decode one image wholly; raises `FileNotFoundError`, or `ValueError` for one that is truncated or no image."
     if not isinstance(source, bytes):
@@ -37,8 +38,10 @@ def decode(source: bytes | str | Path, # the file's bytes, or where it lies
         source = path.read_bytes()
     try:
         with Image.open(io.BytesIO(source)) as img:
+            if at_least: img.draft(None, (at_least, at_least))
             img.load()
-            return to_rgb(ImageOps.exif_transpose(img))
+            ImageOps.exif_transpose(img, in_place=True)
+            return to_rgb(img)
     except Exception as e:
         raise ValueError(f'image {name or "(unnamed)"} cannot be decoded ({len(source):,} bytes; {e}): '
                          'copy or download it again, or remove it together with its row in the metadata table') from e

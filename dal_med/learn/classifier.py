@@ -68,10 +68,10 @@ class Classifier(nn.Module):
         "Images -> logits `(n, c)`."
         return self.head(self.dropout(self.embed(x)))
 
-# %% ../../nbs/2_learn/classifier.ipynb #6c340590
+# %% ../../nbs/2_learn/classifier.ipynb #fc449781
 def make_backbone(name: str, # any timm name, with or without a weights tag: 'resnet50', 'resnet50.a1_in1k'
                   size: int, # side of the images, pixels; models that fix their input size are built for it
-                  weights: str | Path | bool | None = None # None: random; a .safetensors file; True: timm's own, from the hub
+                  weights: str | Path | None = None # None: random; 'hub': timm's own, from the network; else a .safetensors file
                  ) -> nn.Module: # a timm model without its last layer
     "The timm model `name` without its classification layer."
     if not timm.is_model(name):
@@ -79,17 +79,17 @@ def make_backbone(name: str, # any timm name, with or without a weights tag: 're
         raise ValueError(f'timm has no model {name!r}; ' + (f'near names: {", ".join(near)}' if near else 'timm.list_models() names them all'))
     options = {}
     if getattr(timm.get_pretrained_cfg(name), 'fixed_input_size', False): options['img_size'] = size
-    if isinstance(weights, (str, Path)):
+    if weights not in (None, 'hub'):
         check_weights_file(weights, timm.create_model(name, num_classes=0, **options))
         options['pretrained_cfg_overlay'] = dict(file=str(weights))
-    return timm.create_model(name, pretrained=bool(weights), num_classes=0, **options)
+    return timm.create_model(name, pretrained=weights is not None, num_classes=0, **options)
 
-# %% ../../nbs/2_learn/classifier.ipynb #95d6cd17
+# %% ../../nbs/2_learn/classifier.ipynb #21bf25ab
 def check_weights_file(path: str | Path, # a .safetensors file
                        backbone: nn.Module): # the model that it shall fill
     "Raise unless the file holds every tensor that the backbone needs, in its shape; position embeddings may differ."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'weights file {path} does not exist: give a .safetensors file, True for the hub, or None for random weights')
+    if not path.is_file(): raise FileNotFoundError(f'weights file {path} does not exist: give a .safetensors file, "hub" for the weights that timm publishes, or None for random ones')
     if path.suffix != '.safetensors': raise ValueError(f'weights file {path.name} is not .safetensors; other formats can run code when they are loaded: convert it first')
     with safe_open(path, 'pt') as f: there = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     needed = {k: tuple(v.shape) for k, v in backbone.state_dict().items() if not k.endswith('num_batches_tracked')}
@@ -98,17 +98,17 @@ def check_weights_file(path: str | Path, # a .safetensors file
         raise ValueError(f'weights file {path.name} lacks {len(wrong)} of the {len(needed)} tensors of this architecture, or has them in another shape '
                          f'({", ".join(wrong[:3])}{", ..." if len(wrong) > 3 else ""}): it belongs to another model')
 
-# %% ../../nbs/2_learn/classifier.ipynb #e707dd1d
+# %% ../../nbs/2_learn/classifier.ipynb #f7bd061a
 def create_classifier(name: str, # any timm name
                       n_classes: int, # c
                       size: int, # side of the images, pixels
                       dropout: float = 0.2, # before the last layer, in [0, 1)
                       rng: int | np.random.Generator = 0, # alone decides the initial weights
-                      weights: str | Path | bool | None = None # None: random; a .safetensors file; True: from the hub
+                      weights: str | Path | None = None # None: random; 'hub': timm's own, from the network; else a .safetensors file
                      ) -> Classifier: # on the CPU, in training mode
     "A classifier whose initial weights depend on `rng` alone."
     seed = int(np.random.default_rng(rng).integers(2**62))
-    if weights is not None and not isinstance(weights, bool): weights = str(weights)
+    weights = None if weights is None else str(weights)
     config = dict(name=name, n_classes=int(n_classes), size=int(size), dropout=float(dropout), weights=weights)
     with seeded(seed): return Classifier(make_backbone(name, size, weights), n_classes, dropout, config)
 
