@@ -27,7 +27,7 @@ demo: $(VENV)/ready
 	@echo
 	@echo 'executed notebooks   $(DEMO)/notebooks and $(DEMO)/learning_curves.ipynb'
 	@echo 'records              $(DEMO)/runs'
-	@echo 'learning curves      $(DEMO)/learning_curves.png'
+	@echo 'learning curves      $(DEMO)/learning_curves_balanced_accuracy.png'
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print

@@ -3,9 +3,9 @@ from dal_med.run.config import Config, make_config
 
 
 def tiny(folder, cache, **changes) -> Config:
-    "Three rounds on 240 phantoms at 32 px with two gated generations: a few seconds on one core."
-    settings = dict(folder=str(folder), cache=str(cache), strategy='entropy', generator='pixel_diffusion', rounds=3, budget=12, start_fraction=.12,
-                    phantom=dict(n=240, size=32), training=dict(steps=6, batch_size=16), judge=dict(training=dict(steps=4, batch_size=16)),
+    "Three rounds on 600 phantoms at 32 px with two gated generations: a few seconds on one core."
+    settings = dict(folder=str(folder), cache=str(cache), strategy='entropy', generator='pixel_diffusion', rounds=3, budget=12, start_fraction=.06,
+                    phantom=dict(n=600, size=32), training=dict(steps=6, batch_size=16), judge=dict(training=dict(steps=4, batch_size=16)),
                     diffusion=dict(width=16), pretraining=dict(steps=3, batch_size=8), finetuning=dict(steps=3, batch_size=8), sampling=dict(steps=2),
                     prediction=dict(passes=3, views=2), curriculum=dict(real_until=0, full_from=1, ratio=1.))
     return make_config({**settings, **changes})

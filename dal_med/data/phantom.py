@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['render', 'plan', 'Phantom', 'phantom', 'prepare_phantom']
 
-# %% ../../nbs/1_data/phantom.ipynb #bdc1a08e
+# %% ../../nbs/1_data/phantom.ipynb #99dc17ab
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
+from threadpoolctl import threadpool_limits
 from .datasets import Dataset, is_prepared, open_dataset, write_dataset
 from .phantom_factors import PHANTOM_CLASSES, PHANTOM_PREVALENCE, bayes_error, draw_factors
 from .phantom_lesion import draw_lesion, shine
 from .phantom_view import draw_glints, draw_hairs, draw_skin, light, reduction, skin_colour
 
-# %% ../../nbs/1_data/phantom.ipynb #adad73ec
+# %% ../../nbs/1_data/phantom.ipynb #d5b2779f
 def render(
     factors,       # mapping: one row of `draw_factors`
     size=64,       # pixels of a side
@@ -31,7 +32,7 @@ def render(
     canvas = draw_lesion(factors, axis, lesion, view.uniform(0, 2 * np.pi), view.normal(0, room, 2).clip(-.3, .3))
     draw_skin(canvas.layers, axis, view)
     picture = shine(canvas.layers, skin_colour(factors['skin_tone']))
-    if view.random() < .28: picture *= 1 - draw_hairs(axis, view) * (view.uniform(.35, .8) * np.array([.85, .95, 1])[:, None, None]).astype(np.float32)
+    if view.random() < .25: picture *= 1 - draw_hairs(axis, view) * (view.uniform(.3, .75) * np.array([.85, .95, 1])[:, None, None]).astype(np.float32)
     picture *= light(axis, view)
     if view.random() < .12: picture += draw_glints(axis, view) * (250 - picture)
     smaller = reduction(size, drawn)
@@ -63,7 +64,7 @@ class Phantom(NamedTuple):
     factors: pd.DataFrame # n rows, see `draw_factors`
     groups: np.ndarray    # (n,) str: the lesion
 
-# %% ../../nbs/1_data/phantom.ipynb #86c49b39
+# %% ../../nbs/1_data/phantom.ipynb #994d4c87
 def phantom(
     n,                             # images
     size=64,                       # pixels of a side
@@ -78,11 +79,12 @@ def phantom(
     factors = draw_factors(label, seed_of(2))
     rows = factors.to_dict('records')
     images, masks = np.empty((n, size, size, 3), np.uint8), np.empty((n, size, size), bool)
-    for i, k in enumerate(lesion): images[i], masks[i] = render(rows[k], size, seed_of(3, k), seed_of(4, i))
+    with threadpool_limits(1, user_api='blas'):                                    # the products are small: threads only get in each other's way
+        for i, k in enumerate(lesion): images[i], masks[i] = render(rows[k], size, seed_of(3, k), seed_of(4, i))
     groups = np.array([f'lesion_{k:06d}' for k in lesion], dtype=str)
     return Phantom(images, label[lesion], masks, factors.iloc[lesion].reset_index(drop=True), groups)
 
-# %% ../../nbs/1_data/phantom.ipynb #40ad48a6
+# %% ../../nbs/1_data/phantom.ipynb #2a36e54a
 def prepare_phantom(
     dest: str | Path, # folder that must not exist, or be empty, or hold this very data set
     n: int = 2000,    # images
@@ -94,7 +96,7 @@ def prepare_phantom(
     if is_prepared(dest, 'phantom', request): return open_dataset(dest, verify=True)
     images, labels, masks, factors, groups = phantom(n, size, seed)
     metadata = pd.DataFrame(dict(image_id=[f'phantom_{i:07d}' for i in range(n)], label=np.array(PHANTOM_CLASSES, dtype=object)[labels], group=groups, lesion_id=groups))
-    floor = bayes_error(50_000, seed)
+    floor = bayes_error(rng=seed)
     return write_dataset(dest, images, metadata, name='phantom', classes=PHANTOM_CLASSES, masks=masks, factors=factors, request=request,
         source='drawn by dal_med.data.phantom; no patient is in it', licence='Apache-2.0', citation='DiffusionAL-Med, the phantom data set',
         extra=dict(size=size, bayes_error=floor.error, bayes_error_standard_error=floor.standard_error))

@@ -16,16 +16,16 @@ from .taxonomy import HAM10000
 PHANTOM_CLASSES = HAM10000 # 'MEL', 'NV', 'BCC', 'AKIEC', 'BKL', 'DF', 'VASC'
 PHANTOM_PREVALENCE = np.array([1113, 6705, 514, 327, 1099, 115, 142]) / 10015
 
-# %% ../../nbs/1_data/phantom_factors.ipynb #dcc8625e
+# %% ../../nbs/1_data/phantom_factors.ipynb #8e6b42a0
 GRADED = dict(  # factor: (low end, high end, concentration, mean on 0..1 a class in the order of PHANTOM_CLASSES)
     #                          MEL  NV   BCC  AKIEC BKL DF   VASC
-    area       =(.02, .72, 3, (.46, .33, .42, .55, .50, .42, .20)),  # share of the frame
-    asymmetry  =(0,   1,   4, (.58, .32, .44, .48, .42, .30, .32)),  # 0: equal to itself turned by 180 degrees
-    border     =(0,   1,   4, (.56, .34, .42, .50, .44, .32, .36)),  # irregularity of the outline
-    sharpness  =(0,   1,   4, (.52, .50, .38, .28, .58, .30, .60)),  # 0: the edge fades into the skin
-    pigment    =(0,   1,   4, (.66, .54, .26, .30, .46, .34, .24)),  # brown pigment of the body
-    redness    =(0,   1,   4, (.26, .26, .44, .50, .26, .42, .66)),  # blood in and around the lesion
-    variegation=(0,   1,   4, (.58, .36, .42, .48, .48, .38, .42)),  # unevenness of colour
+    area       =(.02, .72, 3.5, (.46, .33, .42, .55, .50, .42, .20)),  # share of the frame
+    asymmetry  =(0,   1,   5, (.58, .32, .44, .48, .42, .30, .32)),  # 0: equal to itself turned by 180 degrees
+    border     =(0,   1,   5, (.56, .34, .42, .50, .44, .32, .36)),  # irregularity of the outline
+    sharpness  =(0,   1,   5, (.52, .50, .38, .28, .58, .30, .60)),  # 0: the edge fades into the skin
+    pigment    =(0,   1,   6, (.70, .56, .24, .28, .44, .34, .20)),  # brown pigment of the body
+    redness    =(0,   1,   6, (.24, .26, .44, .54, .24, .42, .74)),  # blood in and around the lesion
+    variegation=(0,   1,   5, (.58, .36, .42, .48, .48, .38, .42)),  # unevenness of colour
     skin_tone  =(-50, 70,  4, (.76,) * 7),                           # individual typology angle, degrees
 )
 
@@ -99,9 +99,9 @@ class BayesError(NamedTuple):
     error: float          # probability that the best classifier of the true factors is wrong, 0..1
     standard_error: float # of the Monte Carlo estimate
 
-# %% ../../nbs/1_data/phantom_factors.ipynb #0e4aeae4
+# %% ../../nbs/1_data/phantom_factors.ipynb #a913c028
 def bayes_error(
-    n=100_000,                # draws
+    n=50_000,                 # draws
     rng=0,                    # int or numpy Generator
     prior=PHANTOM_PREVALENCE  # (7,): share of each class
 ):                            # BayesError

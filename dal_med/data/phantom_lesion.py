@@ -59,68 +59,61 @@ def stroke(
     angle = heading + np.arange(k) * (bend / (k - 1))
     return start[0] + np.cos(angle).cumsum() * (length / k), start[1] + np.sin(angle).cumsum() * (length / k)
 
-# %% ../../nbs/1_data/phantom_lesion.ipynb #64ca9804
+# %% ../../nbs/1_data/phantom_lesion.ipynb #904788f5
 def outline(
     area,      # share of the frame, 0..1; the frame is [-1, 1] x [-1, 1], so a quarter of the lesion's area in these units
     asymmetry, # 0..1
     border,    # 0..1: irregularity
     rng,       # numpy Generator
-    n=512      # angles
+    n=256      # angles
 ):             # (n,): radius at the angles 2 pi i / n
     "Radius of the lesion as a function of the angle."
     k = np.arange(2, 25)
     height = np.where(k == 2, rng.uniform(0, .14), 0.)
     height += np.where((k <= 5) & (k % 2 == 1), .62 * asymmetry / k, 0) * rng.uniform(.7, 1.3, len(k))
     height += np.where(k >= 6, .09 * border / np.sqrt(k), 0) * rng.uniform(.5, 1.5, len(k))
-    angle = 2 * np.pi * np.arange(n) / n
-    radius = 1 + (height[:, None] * np.cos(k[:, None] * angle + rng.uniform(0, 2 * np.pi, len(k))[:, None])).sum(0)
+    angle = (2 * np.pi / n) * k[:, None] * np.arange(n) + rng.uniform(0, 2 * np.pi, len(k))[:, None]
+    radius = 1 + height.astype(np.float32) @ np.cos(angle.astype(np.float32))
     radius = np.maximum(radius, .3)
     return radius * np.sqrt(4 * area / np.pi / np.mean(radius ** 2))
 
-# %% ../../nbs/1_data/phantom_lesion.ipynb #b49741fc
+# %% ../../nbs/1_data/phantom_lesion.ipynb #cdf14ee6
 class Canvas:
     "The pixels of one view in the lesion's coordinates, and the substances drawn so far."
     def __init__(self,
         factors,   # mapping: one row of `draw_factors`
         axis,      # (m,): centres of the pixel rows and columns, frame = [-1, 1]
         rng,       # numpy Generator of the lesion
-        turn=0.,   # rotation of the view, radians
-        shift=(0., 0.), # centre of the lesion in the frame
-    ):
+        turn=0., shift=(0., 0.)): # rotation of the view, radians; centre of the lesion in the frame
         self.factors, self.axis, self.turn, self.shift = factors, np.asarray(axis, np.float32), turn, shift
         self.outline = outline(factors['area'], factors['asymmetry'], factors['border'], rng)
-        self.r0 = np.sqrt(4 * factors['area'] / np.pi)
-        self.side = rng.uniform(0, 2 * np.pi)                                      # where irregular structures crowd
+        self.r0, self.side = np.sqrt(4 * factors['area'] / np.pi), rng.uniform(0, 2 * np.pi)   # side: where irregular structures crowd
         x, y = self.axis[None] - np.float32(shift[0]), self.axis[:, None] - np.float32(shift[1])
         c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         self.u, self.v = c * x + s * y, c * y - s * x                              # (m, m)
         self.distance = np.sqrt(self.u ** 2 + self.v ** 2)
-        self.angle = np.arctan2(self.v, self.u)
-        self.radius = self.outline.astype(np.float32)[(self.angle * np.float32(256 / np.pi)).astype(int) & 511]
+        self.radius = self.outline.astype(np.float32)[(np.arctan2(self.v, self.u) * np.float32(128 / np.pi)).astype(int) & 255]
         self.layers = {k: np.zeros_like(self.u) for k in (*ABSORPTION, *SCATTER)}
-        self.coarse, self.fine, self.grain = self.noise(rng, .26, 60), self.noise(rng, .11, 150), self.noise(rng, .055, 450)
+        self.coarse, self.fine, self.grain = self.noise(rng, .26, 60), self.noise(rng, .11, 150), self.noise(rng, .065, 300)
         ragged = (.06 * self.coarse + .10 * self.fine + .03 * self.grain) * np.float32(factors['border'] * self.r0)
         outward = self.distance - self.radius + ragged                               # > 0 outside
         self.mask = outward < 0
         self.inside = 1 / (1 + np.exp(np.clip(outward / np.float32(self.r0 * (.03 + .16 * (1 - factors['sharpness']) ** 1.5)), -30, 30)))
-
     def spots(self, u, v, radius, amount=1.):
         "Gaussian spots at places of the lesion."
         c, s = np.cos(self.turn), np.sin(self.turn)
         return splat(c * u - s * v + self.shift[0], s * u + c * v + self.shift[1], radius, amount, self.axis)
-
     def noise(self, rng, radius, n=60):
         "Spot noise of about unit variance; `radius` is in units of the lesion's mean radius."
         u, v = rng.uniform(-1.3 * self.r0, 1.3 * self.r0, (2, n))
         return self.spots(u, v, radius * self.r0, rng.choice([-1., 1.], n) * np.sqrt(6.76 / (n * np.pi * radius ** 2)))
-
     def scatter(self, rng, n, reach=.85, spread=None):
         "Places `u`, `v` (n,) in the lesion, up to `reach` of its radius; with `spread` (radians) crowded around the lesion's side."
         angle = rng.uniform(0, 2 * np.pi, n) if spread is None else self.side + rng.normal(0, spread, n)
-        r = reach * np.sqrt(rng.random(n)) * self.outline[(angle * 256 / np.pi).astype(int) & 511]
+        r = reach * np.sqrt(rng.random(n)) * self.outline[(angle * 128 / np.pi).astype(int) & 255]
         return r * np.cos(angle), r * np.sin(angle)
 
-# %% ../../nbs/1_data/phantom_lesion.ipynb #a4e5bcd0
+# %% ../../nbs/1_data/phantom_lesion.ipynb #9f8e32a2
 def draw_body(
     canvas, # Canvas
     rng     # numpy Generator of the lesion
@@ -128,7 +121,7 @@ def draw_body(
     "Brown pigment and blood of the body: denser in the middle, uneven by `variegation`, lopsided by `asymmetry`."
     f, layers, inside = canvas.factors, canvas.layers, canvas.inside
     lopsided = (np.cos(canvas.side) * canvas.u + np.sin(canvas.side) * canvas.v) * (.7 * f['asymmetry'] / canvas.r0)
-    uneven = np.clip(1 + lopsided + f['variegation'] * (.26 * canvas.fine - .38 * canvas.coarse) + .24 * canvas.grain, .08, 2.3)
+    uneven = np.clip(1 + lopsided + f['variegation'] * (.36 * canvas.fine - .50 * canvas.coarse) + .24 * canvas.grain, .08, 2.3)
     middle = 1.15 - .35 * np.square(np.minimum(canvas.distance / canvas.radius, 1.5))
     layers['brown'] += inside * uneven * middle * np.float32(.08 + .95 * f['pigment'] ** 1.3)
     layers['red'] += inside * (1 + .4 * f['variegation'] * canvas.coarse) * np.float32(.75 * f['redness'])
@@ -173,12 +166,12 @@ def draw_globules(canvas, rng):
     canvas.layers['brown'] += canvas.inside * discs * np.float32(.9 * dark)
     canvas.layers['black'] += canvas.inside * discs * np.float32(.2 * dark)
 
-# %% ../../nbs/1_data/phantom_lesion.ipynb #babf85bf
+# %% ../../nbs/1_data/phantom_lesion.ipynb #add7cdaf
 def draw_streaks(canvas, rng):
     "Streaks and pseudopods: dark lines that run outwards across the edge; all around, or, if irregular, along a part of it."
     n, dark = rng.integers(12, 26), .35 + .65 * canvas.factors['pigment']
     angle = canvas.side + (rng.normal(0, .6, n) if canvas.factors['irregular'] else np.arange(n) * 2 * np.pi / n + rng.normal(0, .12, n))
-    edge = canvas.outline[(angle * 256 / np.pi).astype(int) & 511]
+    edge = canvas.outline[(angle * 128 / np.pi).astype(int) & 255]
     lines = [(*stroke((.8 * r * np.cos(a), .8 * r * np.sin(a)), a, .08 + (.18 + .2 * k) * r, b, .017), k) for a, r, k, b in zip(angle, edge, rng.random(n), rng.normal(0, .4, n))]
     taper = np.concatenate([(.35 + .4 * k) * np.linspace(1.3, .2, len(u)) for u, _, k in lines])
     drawn = np.minimum(canvas.spots(*np.concatenate([line[:2] for line in lines], axis=1), .017, taper), 1)

@@ -37,15 +37,15 @@ def draw_skin(
     layers['red'] += red * mottled + red_pores * pores + red_grain * grain
     layers['brown'] += brown * (mottled.T[::-1] + pores.T[::-1]) + brown_grain * grain
 
-# %% ../../nbs/1_data/phantom_view.ipynb #5d2ced51
+# %% ../../nbs/1_data/phantom_view.ipynb #942c72e3
 def draw_hairs(
     axis, # (m,): centres of the pixel rows and columns
     rng   # numpy Generator of the view
 ):        # (m, m) float32 0..1: how much hair covers a pixel
     "Curved hairs across the frame, most of them going one way."
-    n, way, width = 1 + rng.poisson(5), rng.uniform(0, 2 * np.pi), rng.uniform(.008, .014)
-    width = max(width, 1.2 / len(axis))                                            # a thinner line would be dashed
-    lines = [stroke(rng.uniform(-1.1, .9, 2), way + rng.normal(0, .5), rng.uniform(.5, 2.2), rng.normal(0, .7), width) for _ in range(n)]
+    n, way, width = 1 + rng.poisson(4), rng.uniform(0, 2 * np.pi), rng.uniform(.008, .014)
+    width = max(width, 1.3 / len(axis))                                            # a thinner line would be dashed
+    lines = [stroke(rng.uniform(-1.1, .9, 2), way + rng.normal(0, .5), rng.uniform(.8, 2.6), rng.normal(0, .8), width) for _ in range(n)]
     return np.minimum(splat(*np.concatenate(lines, axis=1), width, .75, axis), 1)
 
 # %% ../../nbs/1_data/phantom_view.ipynb #add6a0b1

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['mix', 'draw_times', 'to_velocity', 'flow_loss', 'integrate', 'guide']
 
-# %% ../../nbs/4_generate/flow.ipynb #cb99c141
+# %% ../../nbs/4_generate/flow.ipynb #eb0e82b5
 from collections.abc import Callable
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 # %% ../../nbs/4_generate/flow.ipynb #63e3d23e
 def mix(
@@ -55,18 +55,24 @@ def flow_loss(
     truth = to_velocity(x0, xt, t) if target == 'image' else noise - x0
     return (to_velocity(output, xt, t, target) - truth).square().mean()
 
-# %% ../../nbs/4_generate/flow.ipynb #50d76900
+# %% ../../nbs/4_generate/flow.ipynb #1bc76306
 @torch.no_grad()
 def integrate(
     velocity: Callable, # (x, t (float)) -> velocity, like x
     noise: torch.Tensor, # where the walk begins, t = 1
     steps: int = 12, # evaluations of `velocity`
-    shift: float = 2., # above 1 more of the steps go where noise is the larger part
+    shift: float = 8., # 1: equal steps of t; more: more of them where noise is the larger part
+    solver: str = 'unipc', # 'unipc' (second order) or 'euler'
 ) -> torch.Tensor: # like `noise`, at t = 0
-    "Walk from noise to images with diffusers' Euler scheduler (Esser et al. 2024)."
+    "Walk from noise to images with diffusers' Euler scheduler (Esser et al. 2024) or UniPC (Zhao et al. 2023, arXiv:2302.04867)."
     if steps < 1: raise ValueError(f'steps is {steps}; at least one step is needed to come from noise to an image')
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1/steps, steps).tolist())
+    if solver not in ('unipc', 'euler'): raise ValueError(f"solver is {solver!r}; expected 'unipc' or 'euler'")
+    if solver == 'euler':
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1/steps, steps).tolist())
+    else:
+        scheduler = UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift)
+        scheduler.set_timesteps(steps)
     x = noise
     for when, t in zip(scheduler.timesteps, scheduler.sigmas): x = scheduler.step(velocity(x, t.item()), when, x, return_dict=False)[0]
     return x

@@ -38,10 +38,9 @@ def one_cycle(step: int, # 0 to steps - 1
     else: low, at = 1/25_000, 1 - (step - climb)/max(steps - 1 - climb, 1)
     return low + (1 - low) * (1 - math.cos(math.pi * at))/2
 
-# %% ../../nbs/2_learn/training.ipynb #10d15df1
+# %% ../../nbs/2_learn/training.ipynb #04f83640
 LOSSES = 'plain', 'weighted', 'logit_adjusted'
 
-# %% ../../nbs/2_learn/training.ipynb #db5b6c23
 def make_loss(kind: str, # 'plain', 'weighted' by rarity, or 'logit_adjusted'
               drawn: np.ndarray, # (c,) how often each class is drawn
               label_smoothing: float, # share of each target spread evenly over all classes

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Fraction', 'Share', 'Strict', 'Classifier', 'Training', 'Prediction', 'Judge', 'Curriculum', 'Diffusion',
-           'Fit', 'Sampling', 'Gate', 'Phantom', 'Config', 'explain', 'make_config', 'read_yaml', 'notebook_config']
+           'Fit', 'Sampling', 'Gate', 'Allocation', 'Phantom', 'Config', 'explain', 'make_config', 'read_yaml',
+           'notebook_config']
 
 # %% ../../nbs/7_run/config.ipynb #17738c07
 import difflib
@@ -60,30 +61,43 @@ class Curriculum(Strict):
     ratio: Annotated[float, Field(ge=0)] = 1.
     weight: Annotated[float, Field(gt=0)] = 1.
 
-# %% ../../nbs/7_run/config.ipynb #163a4e89
+# %% ../../nbs/7_run/config.ipynb #827a073b
 class Diffusion(Strict):
     "Arguments of `dal_med.generate.pixel_diffusion.PixelDiffusion`."
     width: Count = 64
     target: Literal['image', 'velocity'] = 'image'
+    factor: Count | None = None
 
-# %% ../../nbs/7_run/config.ipynb #8d222741
+# %% ../../nbs/7_run/config.ipynb #784ddbf0
 class Fit(Strict):
     "Arguments of `PixelDiffusion.fit`: label-free (pretraining) or with bought labels (finetuning)."
     steps: Count = 200
     batch_size: Count = 64
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    drop: Share = .15
+    labelled_share: Share = .5
+    ema: Share = .999
     mixed_precision: Literal['no', 'fp16', 'bf16'] = 'no'
 
-# %% ../../nbs/7_run/config.ipynb #d0300fc3
+# %% ../../nbs/7_run/config.ipynb #80d633df
 class Sampling(Strict):
     "Arguments of `PixelDiffusion.sample`."
     guidance: Annotated[float, Field(ge=0)] = 1.5
     steps: Count = 12
+    shift: Annotated[float, Field(gt=0)] = 2.
 
-# %% ../../nbs/7_run/config.ipynb #7d1e650a
+# %% ../../nbs/7_run/config.ipynb #8201099e
 class Gate(Strict):
     "Arguments of `dal_med.generate.gate.gate`."
+    judge_threshold: Fraction | None = None
     quantile: Fraction = .95
+    k: Count = 1
+    fewest: Count = 5
+
+# %% ../../nbs/7_run/config.ipynb #e0f4fdb7
+class Allocation(Strict):
+    "Up to how many images a rare class is filled: those of the `largest` class, or the `median` over classes; the curriculum's ratio bounds it."
+    target: Literal['largest', 'median'] = 'largest'
 
 # %% ../../nbs/7_run/config.ipynb #4ca78d15
 class Phantom(Strict):
@@ -92,7 +106,7 @@ class Phantom(Strict):
     size: Count = 32
     seed: int = 0
 
-# %% ../../nbs/7_run/config.ipynb #a029159e
+# %% ../../nbs/7_run/config.ipynb #ae2a7254
 class Config(Strict):
     "One run."
     dataset: str = 'phantom' # 'phantom', or the folder of a prepared data set
@@ -115,6 +129,7 @@ class Config(Strict):
     sampling: Sampling = Sampling()
     judge: Judge = Judge()
     gate: Gate = Gate()
+    allocation: Allocation = Allocation()
     curriculum: Curriculum = Curriculum()
 
     def settings(self) -> dict:

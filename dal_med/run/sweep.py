@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['expand', 'launch', 'last_error', 'standing', 'run_sweep', 'dal_sweep']
 
-# %% ../../nbs/7_run/sweep.ipynb #9338df2c
+# %% ../../nbs/7_run/sweep.ipynb #e8ac2855
 import itertools, json, os, subprocess, sys, time
 from pathlib import Path
 import yaml
 from fastcore.script import call_parse
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..data.atomic import replace_file
 from .config import make_config, read_yaml
 
@@ -56,7 +56,7 @@ def standing(folder: Path) -> dict: # done 0..1, round, phase
     try: return json.loads((folder/'progress.json').read_text())
     except (OSError, ValueError): return dict(done=0., round=0, phase='waiting')
 
-# %% ../../nbs/7_run/sweep.ipynb #648e5eeb
+# %% ../../nbs/7_run/sweep.ipynb #f8ee1520
 def run_sweep(runs: dict, # name -> parameters, from `expand`
               notebook: Path, # template
               out: Path, # folder of the sweep
@@ -70,7 +70,9 @@ def run_sweep(runs: dict, # name -> parameters, from `expand`
     bar = tqdm(total=float(len(waiting)), initial=first, bar_format='{desc} |{bar}| {percentage:3.0f}%  {elapsed} < {remaining} left', mininterval=1)
     try:
         while waiting or active:
-            while waiting and len(active) < jobs: active[name] = launch(name := waiting.pop(0), runs[name], notebook, out, threads)
+            while waiting and len(active) < jobs:
+                name = waiting.pop(0)
+                active[name] = launch(name, runs[name], notebook, out, threads)
             time.sleep(.5)
             for name in [n for n, p in active.items() if p.poll() is not None]:
                 if active.pop(name).returncode: failed[name] = last_error(out/'logs'/f'{name}.log')
