@@ -33,16 +33,19 @@ def ema_decay(
     "Share of the old average that stays."
     return min(ema, (1 + k)/(10 + k))
 
-# %% ../../nbs/4_generate/fit_state.ipynb #7a0a9a29
+# %% ../../nbs/4_generate/fit_state.ipynb #92235bb1
 class FitState:
     "What changes during a fit: the weights, their average, AdamW's moments, the losses so far."
     def __init__(self,
         network: UNet2DModel, # a copy, to be trained
         average: UNet2DModel, # a copy, to follow
-        lr: float):
+        lr: float,
+        class_rate: float = 1.): # how many times faster the class embeddings learn
         self.network, self.average, self.losses = network, average, []
         self.weights, self.followers = dict(network.named_parameters()), dict(average.named_parameters())
-        self.optimizer = torch.optim.AdamW(self.weights.values(), lr, betas=(.9, .99), weight_decay=.01, fused=True)
+        embedding = network.class_embedding.weight
+        groups = [dict(params=[w for w in self.weights.values() if w is not embedding], rate=1.), dict(params=[embedding], rate=class_rate)]
+        self.optimizer = torch.optim.AdamW(groups, lr, betas=(.9, .99), weight_decay=.01, fused=True)
 
     def follow(self, decay: float):
         "Move the average towards the weights."

@@ -73,11 +73,12 @@ def loss(self: PixelDiffusion,
     output = network(mix(x0, noise, t).contiguous(memory_format=torch.channels_last), t*1000, told).sample
     return flow_loss(output.float(), x0, noise, t, self.target)
 
-# %% ../../nbs/4_generate/pixel_diffusion.ipynb #f1da4f20
+# %% ../../nbs/4_generate/pixel_diffusion.ipynb #6c8c33c8
 @patch
 def start_fit(self: PixelDiffusion,
     labels: np.ndarray, # (n,) -1 = not bought
     lr: float,
+    class_rate: float, # of the class embeddings, in units of `lr`; 1 where no label is there
     device: str | torch.device,
 ) -> FitState: # copies of the model, on the device
     "Copies of the model to work on, each new class placed on the null class."
@@ -87,9 +88,9 @@ def start_fit(self: PixelDiffusion,
         copies.append(create_network(self.classes, self.size//self.factor, 3*self.factor**2, self.width).to(device))
         copies[-1].load_state_dict(self.network.state_dict())
         with torch.no_grad(): copies[-1].class_embedding.weight[new] = copies[-1].class_embedding.weight[-1].clone()
-    return FitState(copies[0].train(), copies[1], lr)
+    return FitState(copies[0].train(), copies[1], lr, class_rate if (labels >= 0).any() else 1.)
 
-# %% ../../nbs/4_generate/pixel_diffusion.ipynb #c83aa8d7
+# %% ../../nbs/4_generate/pixel_diffusion.ipynb #bf28142b
 @patch
 def run_steps(self: PixelDiffusion,
     state: FitState,
@@ -112,14 +113,14 @@ def run_steps(self: PixelDiffusion,
             raise FloatingPointError(f'the loss is {shown} at step {k + 1} of {steps}: lower the learning rate, or train without mixed precision; the model is as it was before this fit')
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(network.parameters(), 1.)
-        for group in optimizer.param_groups: group['lr'] = learning_rate(k, steps, lr)
+        for group in optimizer.param_groups: group['lr'] = group['rate']*learning_rate(k, steps, lr)
         optimizer.step()
         optimizer.zero_grad()
         state.follow(ema_decay(k, ema))
         state.losses.append(shown)
         after()
 
-# %% ../../nbs/4_generate/pixel_diffusion.ipynb #7a44d360
+# %% ../../nbs/4_generate/pixel_diffusion.ipynb #4baaa49a
 @patch
 def fit(self: PixelDiffusion,
     images: np.ndarray, # uint8 (n, size, size, 3): all images of the pool
@@ -127,6 +128,7 @@ def fit(self: PixelDiffusion,
     steps: int,
     batch_size: int = 64,
     lr: float = 1e-3, # at the top of warm-up and cosine
+    class_rate: float = 30., # how many times faster the class embeddings learn, once there are labels
     rng: int | np.random.Generator = 0,
     drop: float = 0.15, # chance that a labelled row loses its class
     labelled_share: float = 0.5, # of each batch, drawn from bought labels
@@ -142,8 +144,8 @@ def fit(self: PixelDiffusion,
     if self.mean is None: self.mean, self.std = pixel_statistics(images)
     options = dict(seed=seed, steps=steps, batch_size=batch_size, lr=lr, drop=drop, labelled_share=labelled_share, ema=ema)
     accelerator = make_accelerator(mixed_precision)
-    state = self.start_fit(labels, lr, accelerator.device)
-    fingerprint = sha256_array(images, labels, json.dumps([options, self.options, mixed_precision]), *self.arrays()) if checkpoint else ''
+    state = self.start_fit(labels, lr, class_rate, accelerator.device)
+    fingerprint = sha256_array(images, labels, json.dumps([options, self.options, class_rate, mixed_precision]), *self.arrays()) if checkpoint else ''
     if checkpoint and Path(checkpoint).exists(): state.load(checkpoint, fingerprint)
     def after():
         k = len(state.losses)
@@ -153,7 +155,7 @@ def fit(self: PixelDiffusion,
     self.network, self.seen = state.average.to('cpu'), sorted(set(self.seen) | set(labels[labels >= 0].tolist()))
     return dict(loss=np.array(state.losses))
 
-# %% ../../nbs/4_generate/pixel_diffusion.ipynb #f7e6b9b8
+# %% ../../nbs/4_generate/pixel_diffusion.ipynb #c3c6f0b4
 @patch
 @torch.no_grad()
 def sample(self: PixelDiffusion,
@@ -174,10 +176,10 @@ def sample(self: PixelDiffusion,
     device, out = make_accelerator().device, []
     net = self.network.to(device)
     for part, of in zip(noise.split(batch_size), told.split(batch_size)):
-        both = torch.cat([of, torch.full_like(of, self.classes)]).to(device)
+        asked = torch.cat([of] if guidance == 1 else [of, torch.full_like(of, self.classes)]).to(device)
         def velocity(x, t):
-            output = net(torch.cat([x, x]).contiguous(memory_format=torch.channels_last), t*1000, both).sample
-            return to_velocity(guide(*output.chunk(2), guidance), x, torch.full((len(x),), t, device=x.device), self.target)
+            output = net(x.repeat(len(asked)//len(x), 1, 1, 1).contiguous(memory_format=torch.channels_last), t*1000, asked).sample
+            return to_velocity(output if guidance == 1 else guide(*output.chunk(2), guidance), x, torch.full((len(x),), t, device=x.device), self.target)
         if len(of): out.append(decode(integrate(velocity, part.to(device), steps, shift, solver), self.mean, self.std, self.factor))
     self.network.to('cpu')
     return np.concatenate(out) if out else np.zeros((0, self.size, self.size, 3), np.uint8)

@@ -79,12 +79,13 @@ class Fit(Strict):
     ema: Share = .999
     mixed_precision: Literal['no', 'fp16', 'bf16'] = 'no'
 
-# %% ../../nbs/7_run/config.ipynb #80d633df
+# %% ../../nbs/7_run/config.ipynb #b7549b48
 class Sampling(Strict):
     "Arguments of `PixelDiffusion.sample`."
     guidance: Annotated[float, Field(ge=0)] = 1.5
     steps: Count = 12
-    shift: Annotated[float, Field(gt=0)] = 2.
+    solver: Literal['unipc', 'euler'] = 'unipc'
+    shift: Annotated[float, Field(gt=0)] = 8.
 
 # %% ../../nbs/7_run/config.ipynb #8201099e
 class Gate(Strict):
