@@ -39,7 +39,8 @@ notebooks: $(VENV)/ready
 	$(MAKE) readme
 
 readme: $(VENV)/ready
-	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --TemplateExporter.exclude_input_prompt=True --output-dir . --output README nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --TemplateExporter.exclude_input=True --output-dir . --output README nbs/index.ipynb
+	sed -i.tmp "s#(\.\./#(#g" README.md && rm README.md.tmp
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab nbs

@@ -62,13 +62,17 @@ def resume(run: Run) -> None:
         check_phase(phase, pruned=True)
         if (phase/'picks.parquet').exists(): run.oracle.sold[pd.read_parquet(phase/'picks.parquet').position] = True
 
-# %% ../../nbs/6_loop/loop.ipynb #0dd0b11f
-def prune(run: Run, round: int) -> None:
+# %% ../../nbs/6_loop/loop.ipynb #1ef0d8cc
+def prune(run: Run,
+          round: int,
+          keep: str = '' # a phase's folder that stays as it is
+         ) -> None:
     "Delete weights, pixels and pool predictions of a round that nothing needs any more; the record stays."
-    for path in (run.folder/'rounds'/f'{round:02d}').rglob('*'):
-        if path.is_file() and heavy(path): path.unlink()
+    for phase in (run.folder/'rounds'/f'{round:02d}').glob('*'):
+        for path in phase.rglob('*'):
+            if path.is_file() and heavy(path) and phase.name != keep: path.unlink()
 
-# %% ../../nbs/6_loop/loop.ipynb #8fcf90ba
+# %% ../../nbs/6_loop/loop.ipynb #1d1249e2
 def active_learning(dataset: Dataset, # prepared images with labels; the labels go to the oracle
                     folder: str | Path, # the run's folder: new, or one of the same configuration, which goes on
                     settings: dict, # nested, as `Config.settings()` gives it
@@ -88,5 +92,5 @@ def active_learning(dataset: Dataset, # prepared images with labels; the labels 
             if not phase.exists():
                 with timed(folder, round, name): write_phase(phase, lambda out: PHASES[name](run, round, out))
             progress(round, name, 1.)
-        for round in range(settings['rounds'] - 1): prune(run, round)
+        for round in range(settings['rounds'] - 1): prune(run, round, keep='5_generate'*(round == settings['rounds'] - 2))
     return folder

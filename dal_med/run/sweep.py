@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['expand', 'launch', 'last_error', 'standing', 'run_sweep', 'dal_sweep']
 
-# %% ../../nbs/7_run/sweep.ipynb #e8ac2855
-import itertools, json, os, subprocess, sys, time
+# %% ../../nbs/7_run/sweep.ipynb #4599e722
+import itertools, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import yaml
 from fastcore.script import call_parse
@@ -87,7 +87,7 @@ def run_sweep(runs: dict, # name -> parameters, from `expand`
         bar.close()
     return failed
 
-# %% ../../nbs/7_run/sweep.ipynb #d8815769
+# %% ../../nbs/7_run/sweep.ipynb #c0b3b403
 @call_parse
 def dal_sweep(sweep: str, # YAML file of the sweep
               out: str, # folder for runs, executed notebooks and logs
@@ -102,6 +102,7 @@ def dal_sweep(sweep: str, # YAML file of the sweep
         runs = expand(content, base, out, path.name)
     except (OSError, ValueError) as e: sys.exit(f'dal_sweep: {e}')
     if dry_run: return print('\n'.join(runs))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('dal_sweep: stopped; the same command goes on')) # so that its runs stop with it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     jobs = jobs or min(cores, 2)
     failed = run_sweep(runs, path.parent/content.get('notebook', 'active_learning.ipynb'), out, jobs, max(cores//jobs, 1))
