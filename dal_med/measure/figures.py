@@ -35,13 +35,13 @@ def arm_style(
     return {(s, g): dict(color=colours[s], marker='os^Dv*PX'[i % 8], linestyle=lines[j % 4], markerfacecolor=colours[s] if j == 0 else 'white')
             for i, s in enumerate(strategies) for j, g in enumerate(generators)}
 
-# %% ../../nbs/5_measure/figures.ipynb #a38eecb0
+# %% ../../nbs/5_measure/figures.ipynb #9dab3ea1
 def arm_label(
     strategy: str,
     generator: str,
 ) -> str: # what the legend says
     "The strategy, and the generator where there is one."
-    return strategy if generator == 'none' else f'{strategy} + {generator}'
+    return (strategy if generator == 'none' else f'{strategy} + {generator}').replace('_', ' ')
 
 # %% ../../nbs/5_measure/figures.ipynb #8303d2ea
 def learning_curves(
