@@ -2,7 +2,7 @@
 import json, re, subprocess, sys
 from pathlib import Path
 import pytest
-from dal_med.run.config import Config, read_yaml, make_config
+from dal_med.run.config import make_config, read_yaml
 from dal_med.run.sweep import expand
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,14 +6,13 @@
 __all__ = ['ABOUT', 'find_table', 'read_table', 'find_files', 'find_packed', 'matched', 'Ham10000Source', 'read_ham10000',
            'read_one', 'read_all', 'prepare_ham10000']
 
-# %% ../../nbs/1_data/ham10000.ipynb #4edb565a
+# %% ../../nbs/1_data/ham10000.ipynb #d57cb123
 import hashlib, json, os, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from PIL import Image
 from tqdm import tqdm
 from .atomic import sha256_file
 from .datasets import Dataset, is_prepared, open_dataset, write_dataset
