@@ -6,29 +6,31 @@
 __all__ = ['CONFORMS_TO', 'CONTEXT', 'LICENCES', 'RAI', 'ONE', 'plain', 'distribution', 'record_sets', 'croissant', 'reference',
            'validated', 'write_croissant', 'check_files', 'read_through']
 
-# %% ../../nbs/1_data/croissant.ipynb #3e678a5e
-import json, re
+# %% ../../nbs/1_data/croissant.ipynb #939f47f7
+import hashlib, json, re
 from pathlib import Path
 import pandas as pd
-from .atomic import sha256_file, write_json
-from .card_facts import CARDS, COPIES, NotAtHand, card_folder, card_path, find_file, front_matter, sections
+from .atomic import write_json
+from .card_facts import NotAtHand, card_folder, card_path, find_file, front_matter, sections
 from .sources import data_root
 
-# %% ../../nbs/1_data/croissant.ipynb #881a4afa
+# %% ../../nbs/1_data/croissant.ipynb #f82b5daa
 CONFORMS_TO = ('http://mlcommons.org/croissant/1.0', 'http://mlcommons.org/croissant/RAI/1.0')
 
 CONTEXT = {'@language': 'en', '@vocab': 'https://schema.org/', 'citeAs': 'cr:citeAs', 'column': 'cr:column', 'conformsTo': 'dct:conformsTo', 'cr': 'http://mlcommons.org/croissant/',
-           'rai': 'http://mlcommons.org/croissant/RAI/', 'data': {'@id': 'cr:data', '@type': '@json'}, 'dataType': {'@id': 'cr:dataType', '@type': '@vocab'}, 'dct': 'http://purl.org/dc/terms/',
-           'examples': {'@id': 'cr:examples', '@type': '@json'}, 'sc': 'https://schema.org/'} | {k: f'cr:{k}' for k in (
-               'equivalentProperty', 'extract', 'field', 'fileProperty', 'fileObject', 'fileSet', 'format', 'includes', 'isLiveDataset', 'jsonPath', 'key', 'md5', 'parentField', 'path', 'recordSet',
-               'references', 'regex', 'repeated', 'replace', 'samplingRate', 'separator', 'source', 'subField', 'transform')}
+           'rai': 'http://mlcommons.org/croissant/RAI/', 'data': {'@id': 'cr:data', '@type': '@json'}, 'dataType': {'@id': 'cr:dataType', '@type': '@vocab'},
+           'dct': 'http://purl.org/dc/terms/', 'examples': {'@id': 'cr:examples', '@type': '@json'}, 'sc': 'https://schema.org/'} | {k: f'cr:{k}' for k in (
+               'equivalentProperty', 'extract', 'field', 'fileProperty', 'fileObject', 'fileSet', 'format', 'includes', 'isLiveDataset', 'jsonPath', 'key', 'md5', 'parentField', 'path',
+               'recordSet', 'references', 'regex', 'repeated', 'replace', 'samplingRate', 'separator', 'source', 'subField', 'transform')}
 
-LICENCES = {'cc-by-nc-4.0': 'https://creativecommons.org/licenses/by-nc/4.0/', 'cc-by-4.0': 'https://creativecommons.org/licenses/by/4.0/', 'apache-2.0': 'https://www.apache.org/licenses/LICENSE-2.0'}
+LICENCES = {'cc-by-nc-4.0': 'https://creativecommons.org/licenses/by-nc/4.0/', 'cc-by-4.0': 'https://creativecommons.org/licenses/by/4.0/',
+            'apache-2.0': 'https://www.apache.org/licenses/LICENSE-2.0'}
 
 RAI = { # responsible-AI property -> heading of the card
     'dataCollection': 'Data collection', 'dataCollectionMissingData': 'Missing data', 'dataPreprocessingProtocol': 'Preprocessing', 'dataAnnotationProtocol': 'Labels',
     'annotatorDemographics': 'Who labelled', 'dataUseCases': 'Direct use', 'dataBiases': 'Biases', 'dataLimitations': ('Known leaks and errors', 'Must not be used for'),
-    'dataSocialImpact': 'Skin tones', 'personalSensitiveInformation': ('Personal and sensitive information', 'Consent and ethics approval'), 'dataReleaseMaintenancePlan': 'Maintenance'}
+    'dataSocialImpact': 'Skin tones', 'personalSensitiveInformation': ('Personal and sensitive information', 'Consent and ethics approval'),
+    'dataReleaseMaintenancePlan': 'Maintenance'}
 
 ONE = ('dataCollection', 'dataCollectionMissingData', 'dataSocialImpact', 'dataReleaseMaintenancePlan') # of which there is one text, not a list
 
@@ -52,19 +54,21 @@ def distribution(files: list[dict] # of the card's front matter: name, descripti
         out.append(node)
     return out
 
-# %% ../../nbs/1_data/croissant.ipynb #84b9444b
+# %% ../../nbs/1_data/croissant.ipynb #155e3f92
 def record_sets(about: dict # key croissant of the card's front matter: records, classes
                ) -> list[dict]:
     "The columns of the tables, and the classes as an enumeration."
+    def field(record_set, column, kind, **more): return {'@type': 'cr:Field', '@id': f'{record_set}/{column}', 'name': column, 'dataType': kind} | more
+    def described(name, description, fields, **more): return {'@type': 'cr:RecordSet', '@id': name, 'name': name, 'description': description, 'field': fields} | more
     out = []
     for name, r in about.get('records', {}).items():
-        def field(column, kind): return {'@type': 'cr:Field', '@id': f'{name}/{column}', 'name': column, 'dataType': kind, 'source': {'fileObject': {'@id': r['file']}, 'extract': {'column': column}}}
-        out.append({'@type': 'cr:RecordSet', '@id': name, 'name': name, 'description': r['description'], 'field': [field(c, k) for c, k in r['fields'].items()]} | ({'key': {'@id': f"{name}/{r['key']}"}} if 'key' in r else {}))
-    fields = [{'@type': 'cr:Field', '@id': f'classes/{c}', 'name': c, 'dataType': 'sc:Text'} for c in ('code', 'name')]
-    return out + [{'@type': 'cr:RecordSet', '@id': 'classes', 'name': 'classes', 'description': 'The labels as the data set writes them.', 'key': {'@id': 'classes/code'}, 'field': fields,
-                   'data': [{'classes/code': str(c), 'classes/name': n} for c, n in (about['classes'].items() if isinstance(about['classes'], dict) else ((c, c) for c in about['classes']))]}]
+        fields = [field(name, c, kind, source={'fileObject': {'@id': r['file']}, 'extract': {'column': c}}) for c, kind in r['fields'].items()]
+        out.append(described(name, r['description'], fields, **({'key': {'@id': f"{name}/{r['key']}"}} if 'key' in r else {})))
+    classes = about['classes'] if isinstance(about['classes'], dict) else {c: c for c in about['classes']}
+    return out + [described('classes', 'The labels as the data set writes them.', [field('classes', c, 'sc:Text') for c in ('code', 'name')], key={'@id': 'classes/code'},
+                            data=[{'classes/code': str(c), 'classes/name': n} for c, n in classes.items()])]
 
-# %% ../../nbs/1_data/croissant.ipynb #1ce92b95
+# %% ../../nbs/1_data/croissant.ipynb #5d266023
 def croissant(path: str | Path # a card
              ) -> dict: # JSON-LD
     "The Croissant description of the data set of a card."
@@ -75,11 +79,12 @@ def croissant(path: str | Path # a card
         return plain(text[heading])
     rai = {f'rai:{k}': [p for h in ((headings,) if isinstance(headings, str) else headings) for p in read(h)] for k, headings in RAI.items()}
     return {'@context': CONTEXT, '@type': 'sc:Dataset', 'name': head['pretty_name'], 'description': ' '.join(read('Dataset description')), 'conformsTo': list(CONFORMS_TO),
-            'license': LICENCES.get(head['license']) or head['license_link'], 'url': about['url'], 'version': str(about['version']), 'datePublished': str(about['published']), 'citeAs': ' '.join(read('Citation')),
+            'license': LICENCES.get(head['license']) or head['license_link'], 'url': about['url'], 'version': str(about['version']), 'datePublished': str(about['published']),
+            'citeAs': ' '.join(read('Citation')),
             'creator': [{'@type': f'sc:{kind}', 'name': n} for kind, n in (c.split(': ', 1) for c in about['creators'])], 'keywords': head['tags'],
             'distribution': distribution(about['files']), 'recordSet': record_sets(about)} | {k: ' '.join(v) if k[4:] in ONE else v for k, v in rai.items()}
 
-# %% ../../nbs/1_data/croissant.ipynb #040239b7
+# %% ../../nbs/1_data/croissant.ipynb #7b2daf59
 def reference():
     "The package mlcroissant, or an error that says how to get it."
     try: import mlcroissant
@@ -91,13 +96,13 @@ def validated(jsonld: dict | str | Path, # a description, or its file
              ): # mlcroissant.Dataset
     "Validate a description; `ValueError` with every error and warning."
     mlc = reference()
-    try: found = mlc.Dataset(jsonld=jsonld if isinstance(jsonld, dict) else str(jsonld), mapping=mapping)
+    try: found = mlc.Dataset(jsonld=json.loads(json.dumps(jsonld)) if isinstance(jsonld, dict) else str(jsonld), mapping=mapping)  # it writes into what it is given
     except mlc.ValidationError as e: raise ValueError(f'{"the description" if isinstance(jsonld, dict) else jsonld} is no valid Croissant: {e}') from e
     warnings = sorted(found.metadata.ctx.issues.warnings)
     if warnings: raise ValueError(f'{"the description" if isinstance(jsonld, dict) else jsonld} is valid Croissant with warnings: {"; ".join(warnings)}')
     return found
 
-def write_croissant(name: str # one of CARDS
+def write_croissant(name: str # of a card
                    ) -> Path: # the file
     "Make croissant.json of a card again, and validate it."
     path = card_path(name).with_name('croissant.json')
@@ -106,8 +111,8 @@ def write_croissant(name: str # one of CARDS
     write_json(path, made)
     return path
 
-# %% ../../nbs/1_data/croissant.ipynb #ee35bcf0
-def check_files(name: str, # one of CARDS
+# %% ../../nbs/1_data/croissant.ipynb #72943afe
+def check_files(name: str, # of a card
                 root: str | Path | None = None # folder of source data sets; None: `data_root()`
                ) -> pd.DataFrame: # file, verdict ('holds', 'DIFFERS' or 'could not be checked'), why
     "Compare the SHA-256 of each file that croissant.json names with the copy at hand."
@@ -117,21 +122,21 @@ def check_files(name: str, # one of CARDS
         try:
             if 'sha256' not in f: raise NotAtHand('the publisher gives an MD5, and the file is not here')
             found = find_file(card_folder(name, root), f['name'])
-            same = sha256_file(Path(found.where)/found.name) == f['sha256']
+            same = hashlib.sha256(found.read()).hexdigest() == f['sha256']
             out.append((f['name'], 'holds' if same else 'DIFFERS', '' if same else f'{found.base} has another SHA-256'))
         except NotAtHand as e: out.append((f['name'], 'could not be checked', str(e)))
     return pd.DataFrame(out, columns=['file', 'verdict', 'why'])
 
-# %% ../../nbs/1_data/croissant.ipynb #5e44c9af
-def read_through(name: str, # one of CARDS
+# %% ../../nbs/1_data/croissant.ipynb #3920d16d
+def read_through(name: str, # of a card
                  root: str | Path | None = None # folder of source data sets; None: `data_root()`
-                ) -> dict[str, int]: # record set -> records, of those whose file is at hand
-    "Read the tables at hand by nothing but croissant.json."
-    root, mapping = data_root() if root is None else Path(root), {}
-    records = front_matter(card_path(name))['croissant'].get('records', {})
-    for r in records.values():
-        try: found = find_file(card_folder(name, root), r['file'])
-        except NotAtHand: continue
-        mapping[r['file']] = str(Path(found.where)/found.name)
-    described = validated(card_path(name).with_name('croissant.json'), mapping)
-    return {k: sum(1 for _ in described.records(k)) for k, r in records.items() if r['file'] in mapping}
+                ) -> tuple[str, int] | None: # record set, and its records; None where its file is not at hand
+    "Read the first table of a data set by nothing but its croissant.json."
+    root, path = data_root() if root is None else Path(root), card_path(name).with_name('croissant.json')
+    records = front_matter(card_path(name))['croissant'].get('records')
+    if not records: return None
+    first, file = next((k, r['file']) for k, r in records.items())
+    try: found = find_file(card_folder(name, root), file)
+    except NotAtHand: return None
+    here = Path(found.where)/found.name
+    return (first, sum(1 for _ in validated(path, {file: str(here)}).records(first))) if here.is_file() else None

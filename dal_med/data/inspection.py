@@ -89,8 +89,8 @@ def damaged_images(x: Inspection) -> Finding:
     if not damaged: return Finding('ok', 0, 'every image that was found could be decoded')
     return Finding('note', len(damaged), f'{listed(damaged)} could not be decoded and were left out', 'download these files again, and prepare into a new folder', [(i, None, np.nan, why) for i, why in damaged.items()])
 
-# %% ../../nbs/1_data/inspection.ipynb #1a6b3719
-BLANK = 2. # grey levels; the least contrast in HAM10000 is 4.5
+# %% ../../nbs/1_data/inspection.ipynb #0a7cbdc6
+BLANK = 2. # grey levels; the least contrast in HAM10000 is 4.5, in the ISIC 2019 images at hand 3.4
 
 def blank_images(x: Inspection) -> Finding:
     "Images that show nothing: the standard deviation of their thumbnail is next to zero."
@@ -122,14 +122,16 @@ def coverage(d: Dataset, by: str = 'source') -> pd.DataFrame: # a row a class, a
     if by in d.metadata: table = table.join(pd.crosstab(label, d.metadata[by].fillna('unknown').to_numpy()), rsuffix=f' ({by})')
     return table.reindex(index, fill_value=0).rename_axis('class')
 
-# %% ../../nbs/1_data/inspection.ipynb #50cbc480
+# %% ../../nbs/1_data/inspection.ipynb #36a42d37
 def class_coverage(x: Inspection, fewest: int = 10) -> Finding: # groups that a class needs
-    "Classes with too few groups to be split, and classes that a single source supplies."
+    "Classes with too few groups to be split, and classes that not every source supplies."
     table, d = coverage(x.dataset), x.dataset
     table = table.loc[[*d.classes]]
     none, few = table.index[table.images == 0], table.index[(table.images > 0) & (table.groups < fewest)]
-    sources = table.iloc[:, 2:]
+    sources = table.iloc[:, 2:].drop(columns='unknown', errors='ignore')
+    gaps = [f'{c} in {s}' for s in sources for c in table.index[(sources[s] == 0) & (table.images > 0)] if sources.shape[1] <= 8]
     lone = [f'{c} from {sources.columns[int(np.argmax(row))]}' for c, row in zip(table.index, sources.to_numpy()) if sources.shape[1] > 1 and (row > 0).sum() == 1]
-    words = [f'without an image: {listed(none)}']*bool(len(none)) + [f'with fewer than {fewest} groups: ' + listed([f'{c} ({table.groups[c]})' for c in few])]*bool(len(few)) + [f'from one source alone: {listed(lone)}']*bool(lone)
+    words = [f'without an image: {listed(none)}']*bool(len(none)) + [f'with fewer than {fewest} groups: ' + listed([f'{c} ({table.groups[c]})' for c in few])]*bool(len(few)) + [f'from one source alone: {listed(lone)}']*bool(lone) \
+        + [f'absent from a source: {listed(gaps)}']*bool(gaps and not lone)
     if not words: return Finding('ok', 0, f'each class has at least {table.groups.min():,} groups' + f', from {sources.shape[1]} sources'*(sources.shape[1] > 1))
-    return Finding('note', len({*none, *few, *(w.split(' from ')[0] for w in lone)}), 'classes ' + '; '.join(words), 'a split or an estimate by class is weak there; a model may tell the source and not the disease')
+    return Finding('note', len({*none, *few, *(w.split()[0] for w in lone + gaps)}), 'classes ' + '; '.join(words), 'a split or an estimate by class is weak there; a model may tell the source and not the disease')

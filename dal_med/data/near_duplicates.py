@@ -48,10 +48,10 @@ def turned(thumbnails: np.ndarray, # (n, side, side)
         for quarter in (1, 2, 3): yield np.rot90(thumbnails, quarter, (1, 2))
         for quarter in range(4): yield np.rot90(thumbnails[:, :, ::-1], quarter, (1, 2))
 
-# %% ../../nbs/1_data/near_duplicates.ipynb #7d88d72d
+# %% ../../nbs/1_data/near_duplicates.ipynb #6b4cc1da
 def near_duplicates(images: np.ndarray, # (n, side, side) thumbnails, or (n, h, w, 3) uint8 images
                     threshold: float = .99, # correlation above which a pair counts
-                    block: int = 2048, # rows compared at a time
+                    block: int = 512, # rows compared at a time
                     symmetries: bool = False # also find mirrored and turned copies; eight times the work
                    ) -> np.ndarray: # (m, 2) int64 row pairs, first < second, in order
     "Pairs of images whose thumbnails correlate above `threshold`. O(n^2) time, O(n * block) memory."
@@ -64,11 +64,11 @@ def near_duplicates(images: np.ndarray, # (n, side, side) thumbnails, or (n, h, 
             found.append(np.stack([i, j], 1)[i < j] + start)
     return np.unique(np.concatenate(found), axis=0)
 
-# %% ../../nbs/1_data/near_duplicates.ipynb #c7ef0d21
+# %% ../../nbs/1_data/near_duplicates.ipynb #7deca60a
 def cross_duplicates(a: np.ndarray, # (n, side, side) thumbnails, or (n, h, w, 3) uint8 images
                      b: np.ndarray, # (k, side, side) thumbnails, or (k, h, w, 3) uint8 images, of another set
                      threshold: float = .99, # correlation above which a pair counts
-                     block: int = 2048, # rows compared at a time
+                     block: int = 512, # rows compared at a time
                      symmetries: bool = False # also find mirrored and turned copies
                     ) -> np.ndarray: # (m, 2) int64 pairs: row of a, row of b; in order
     "Pairs of images, one of each set, whose thumbnails correlate above `threshold`."

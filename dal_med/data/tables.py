@@ -91,9 +91,9 @@ def to_numbers(values: pd.Series, # of str and None
     if len(out): raise ValueError(f'{where}: rows {listed(out)} hold {listed(numbers.iloc[out])} (the first row is 0); possible are {low:g} to {high:g}: correct them, or leave them empty')
     return numbers
 
-# %% ../../nbs/1_data/tables.ipynb #f3ba8931
+# %% ../../nbs/1_data/tables.ipynb #b120afe8
 def replaced(values: pd.Series, # of str and None
              by: Mapping[str, str | None], # lower-case word -> word or None; what is not named stays
             ) -> pd.Series: # of str and None
     "Words in place of the table's own, upper and lower case the same."
-    return pd.Series([v if v is None else by.get(v.lower(), v) for v in values], values.index, dtype=object)
+    return pd.Series([by.get(v.lower(), v) if isinstance(v, str) else None for v in values], values.index, dtype=object)

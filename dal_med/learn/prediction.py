@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 import numpy as np
 import torch
+from ..data.batches import Pixels
 from .classifier import Classifier
 from .training import check_images, cpu_threads
 
@@ -76,13 +77,13 @@ def predict(model: Classifier, # on any device; left in the mode it was in
     device, width, n = model.head.weight.device, model.head.in_features, len(images)
     masks = draw_masks(passes, width, model.dropout.p, rng).to(device) if passes > 1 else None
     probs, embeddings = np.empty((passes, n, model.n_classes), np.float32), np.empty((n, width), np.float32)
-    was_training = model.training
+    was_training, pixels = model.training, Pixels(images, device, keep=False)
     model.eval()
     try:
         with cpu_threads(threads), torch.inference_mode():
             for start in range(0, n, batch_size):
                 rows = slice(start, min(start + batch_size, n))
-                x = torch.from_numpy(np.array(images[rows])).to(device)
+                x = pixels.batch(rows)
                 z = [model.embed(view(x, k)) for k in range(views)]
                 probs[:, rows], embeddings[rows] = batch_probs(model, z, masks).cpu().numpy(), z[0].float().cpu().numpy()
                 if progress is not None: progress(rows.stop, n)

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from ..data.batches import Pixels
 from .augment import apply_augmentation, draw_augmentation
 from .classifier import Classifier, seeded
 from .imbalance import check_labels, class_prior, class_weights, draw_probabilities, logit_offset
@@ -159,14 +160,14 @@ def run_steps(model, images, labels, p, steps, batch_size, lr, weight_decay, cri
     dropout_seed = int(rng.integers(2**62)) + rank
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=accelerator.device.type in ('cpu', 'cuda'))
     prepared, optimiser = accelerator.prepare(model.train().to(memory_format=torch.channels_last), optimiser)
-    curve, clock = np.empty(steps), Clock()
+    curve, clock, pixels = np.empty(steps), Clock(), Pixels(images, accelerator.device)
     try:
         with seeded(dropout_seed, accelerator.device):
             for step in range(steps):
                 clock.start()
                 for group in optimiser.param_groups: group['lr'] = lr * one_cycle(step, steps)
                 rows, y, drawn = draw_batch(labels, p, batch_size, images.shape[1], rng, generator, options, mine)
-                x = torch.from_numpy(images[rows]).to(accelerator.device, non_blocking=True)
+                x = pixels.batch(rows)
                 clock.lap('data')
                 curve[step] = training_step(prepared, x, y.to(accelerator.device), drawn, criterion, optimiser, accelerator, clock, f'step {step + 1} of {steps}')
                 if progress is not None: progress(step + 1, steps, curve[step])

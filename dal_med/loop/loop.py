@@ -29,22 +29,24 @@ def itinerary(settings: dict # the nested configuration
         work += [(r, name, f'{i}_{name}') for i, name in enumerate(each[:2] if last else each, 1)]
     return work
 
-# %% ../../nbs/6_loop/loop.ipynb #e690550b
+# %% ../../nbs/6_loop/loop.ipynb #93c2c04f
 def check_settings(settings: dict, plan: Plan) -> None:
     "Refuse what could only fail hours later."
     if settings['strategy'] not in {*STRATEGIES, 'oracle_full'}:
         raise ValueError(f'strategy is {settings["strategy"]!r}; known are {", ".join(STRATEGIES)}, and oracle_full for the reference that sees all labels')
+    if not len(plan.start): raise ValueError('the start set is empty: the first round has nothing to train on; take a stratified or random one, of a fraction above 0')
     asked, there = len(plan.start) + settings['budget']*(settings['rounds'] - 1), len(plan.pool)
     if settings['strategy'] != 'oracle_full' and asked > there:
         raise ValueError(f'the budget is larger than the pool: {len(plan.start)} start labels and {settings["rounds"] - 1} x {settings["budget"]} queried ones make '
                          f'{asked}, and the pool has {there} images; lower budget, rounds or start_fraction')
     if settings['strategy'] == 'oracle_full' and settings['rounds'] != 1: raise ValueError('oracle_full buys the whole pool at once: set rounds to 1')
 
-# %% ../../nbs/6_loop/loop.ipynb #19eeece3
+# %% ../../nbs/6_loop/loop.ipynb #65042545
 def open_run(dataset: Dataset, folder: Path, cache: Path, settings: dict, plan: Plan | None, progress: Callable) -> Run:
     "Claim the folder, check what is in it, and hand the labels to the oracle."
     full = settings['strategy'] == 'oracle_full'
-    plan = plan or make_plan(dataset.labels, dataset.groups, seed=settings['seed'], split_seed=settings['split_seed'], start_fraction=1. if full else settings['start_fraction'])
+    plan = plan or make_plan(dataset.labels, dataset.groups, seed=settings['seed'], split_seed=settings['split_seed'], start_fraction=1. if full else settings['start_fraction'],
+                             start_scheme=settings.get('start_scheme', 'stratified'))
     check_settings(settings, plan)
     run = Run(folder, cache, settings, dataset.images, dataset.metadata.image_id.to_numpy(str), np.asarray(dataset.groups), tuple(dataset.classes), plan,
               SimulatedOracle(dataset.labels[plan.pool]), progress)

@@ -26,12 +26,13 @@ class Plan:
         "Digests that paired runs share."
         return dict(split=sha256_array(self.pool, self.validation, self.test), start=sha256_array(self.start))
 
-# %% ../../nbs/6_loop/plan.ipynb #0d78b0eb
+# %% ../../nbs/6_loop/plan.ipynb #5f051e38
 def make_plan(labels: np.ndarray, # (n,) class indices; rows with -1 take no part
               groups: np.ndarray, # (n,) what must not straddle two splits
               *, seed: int, # start set
               split_seed: int = 0, # pool, validation, test
               start_fraction: float = .02, # share of the pool that is labelled at the start, in (0, 1]
+              start_scheme: str = 'stratified', # or 'random', or 'cold': no label at all
               fractions: dict | None = None # share of images: pool, validation, test
              ) -> Plan:
     "Split by group, then draw the start set."
@@ -40,5 +41,5 @@ def make_plan(labels: np.ndarray, # (n,) class indices; rows with -1 take no par
     split = grouped_split(labels[known], groups[known], fractions or dict(pool=.7, validation=.1, test=.2), rng=stream(split_seed, 'split'))
     check_split(split, groups[known], 'group')
     pool, validation, test = (known[split == part] for part in ('pool', 'validation', 'test'))
-    start = np.arange(len(pool)) if start_fraction >= 1 else np.sort(start_set(labels[pool], groups[pool], start_fraction, rng=stream(seed, 'start')))
+    start = start_set(labels[pool], groups[pool], min(start_fraction, 1.), rng=stream(seed, 'start'), scheme=start_scheme)
     return Plan(pool, validation, test, start)

@@ -6,12 +6,13 @@
 __all__ = ['CENTRES', 'BY_LESION', 'ABOUT', 'PUBLISHED', 'one_hot_words', 'same_images', 'read_centres', 'isic2019_table',
            'read_isic2019', 'clients']
 
-# %% ../../../nbs/1_data/sets/isic2019.ipynb #d8735acb
+# %% ../../../nbs/1_data/sets/isic2019.ipynb #a99c1fa4
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..archives import SourceFile, find_images, find_one, find_optional, list_files
 from ..datasets import Dataset
+from .ham10000 import corrected_groups
 from ..source_set import SourceSet, first_known, kept, matched
 from ..tables import check_ids, read_table, replaced, to_numbers
 from ..taxonomy import ISIC2019, ISIC2019_COLUMNS, listed, to_codes, without_code
@@ -64,7 +65,7 @@ def read_centres(file: SourceFile, # fed_isic2019_centers_folds.csv
         if len(differ): raise ValueError(f'{file}: {len(differ)} images have another class than in {where} ({listed(ids[differ])}); the tables are not of the same release: download both again')
     return pd.DataFrame(dict(centre=np.array(CENTRES, object)[centre.astype(int)], fold=table.fold.to_numpy()), index=ids)
 
-# %% ../../../nbs/1_data/sets/isic2019.ipynb #10412f77
+# %% ../../../nbs/1_data/sets/isic2019.ipynb #25b11af5
 def isic2019_table(files: list[SourceFile] # of the download
                   ) -> pd.DataFrame: # image_id, label, diagnosis, group, lesion_id, age, sex, site, source, centre, fold; sorted by image_id
     "The tables of ISIC 2019 as one; `ValueError` where they contradict themselves or each other."
@@ -79,7 +80,7 @@ def isic2019_table(files: list[SourceFile] # of the download
     fed = (read_centres(centre_file, words, str(truth_file)) if centre_file else pd.DataFrame(dict(centre=[], fold=[]), dtype=object)).reindex(words.index).reset_index(drop=True).astype(object)
     lesion = patients.lesion_id
     by_lesion = lesion.map(lambda x: BY_LESION.get(x[:3]) if isinstance(x, str) else None).astype(object)
-    return pd.DataFrame(dict(image_id=words.index.to_numpy(), label=to_codes(words, ISIC2019_COLUMNS, f'{truth_file}, one-hot columns'), diagnosis=words.to_numpy(), group=first_known(words.index, lesion),
+    return pd.DataFrame(dict(image_id=words.index.to_numpy(), label=to_codes(words, ISIC2019_COLUMNS, f'{truth_file}, one-hot columns'), diagnosis=words.to_numpy(), group=corrected_groups(words.index, first_known(words.index, lesion)),
                              lesion_id=lesion, age=to_numbers(patients.age_approx, f'{patient_file}, column age_approx', 0, 120), sex=replaced(patients.sex, dict(unknown=None)),
                              site=patients.anatom_site_general, source=fed.centre.where(fed.centre.notna(), by_lesion), **fed))
 

@@ -14,8 +14,8 @@ from ..source_set import SourceSet, first_known, kept, matched
 from ..tables import check_ids, read_table, replaced, to_numbers
 from ..taxonomy import ISIC2019, PAD_UFES_20, listed, to_codes
 
-# %% ../../../nbs/1_data/sets/pad_ufes_20.ipynb #9cc6cb46
-KEPT = ('smoke', 'drink', 'background_father', 'background_mother', 'pesticide', 'skin_cancer_history', 'cancer_history', 'has_piped_water', 'has_sewage_system', 'itch', 'grew', 'hurt', 'changed', 'bleed', 'elevation')
+# %% ../../../nbs/1_data/sets/pad_ufes_20.ipynb #eb555ad0
+KEPT = ('skin_cancer_history', 'cancer_history', 'itch', 'grew', 'hurt', 'changed', 'bleed', 'elevation')
 
 def pad_ufes_20_table(files: Sequence[SourceFile] # of the download
                      ) -> pd.DataFrame: # one row an image; sorted by image_id
