@@ -66,10 +66,10 @@ def summary(d: Dataset # just prepared
     if m.get('identical', {}).get('pairs'): lines.append('identical images: ' + listed(f'{a} = {b}' for a, b in m['identical']['pairs']))
     return lines
 
-# %% ../../nbs/1_data/prepare.ipynb #10612845
+# %% ../../nbs/1_data/prepare.ipynb #3b403997
 @call_parse
 def dal_prepare(name: Param('data set: ham10000, isic2019, derm7pt, pad_ufes_20, dermamnist, folder or phantom', str), # checked by `prepare`, with a clearer message
-                paths: Param('SOURCE [SOURCE ...] DEST; for the phantom DEST alone; with --fetch the folder to download into', str, nargs='+'),
+                paths: Param('SOURCE [SOURCE ...] DEST; for the phantom DEST alone; with --fetch the folder to download into, or nothing for sources/NAME', str, nargs='*'),
                 size: int = 64, # side of the square images, pixels
                 fit: str = 'crop', # crop the centre square, pad with black, or squash
                 partial: bool = False, # leave out rows whose image is not at hand, and list them
@@ -90,7 +90,7 @@ def dal_prepare(name: Param('data set: ham10000, isic2019, derm7pt, pad_ufes_20,
                    folder=dict(unlisted=unlisted, keep_ids=keep_ids, classes=classes or None))
     options = {} if name == 'phantom' else dict(special.get(name, {}), partial=partial)
     try:
-        if fetch: return print(f'downloaded {name} to {fetch_set(name, paths[-1], rate=rate or None)}')
+        if fetch: return print(f'downloaded {name} to {fetch_set(name, paths[-1] if paths else Path("sources")/name, size=size, rate=rate or None)}')
         d, there = prepare(name, paths, size, fit, damaged, n, seed, **options)
     except (ValueError, OSError, ImportError) as e:
         print(f'dal_prepare: {e}', file=sys.stderr)
