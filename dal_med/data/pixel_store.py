@@ -43,13 +43,13 @@ class ArrayFile:
     def array(self) -> np.ndarray: return np.load(self.path, mmap_mode='r') # of what is written so far
     def close(self): os.close(self.fd)
 
-# %% ../../nbs/1_data/pixel_store.ipynb #d57cf5d0
+# %% ../../nbs/1_data/pixel_store.ipynb #aeb69cdf
 FACTS = np.dtype([('stamp', 'S16'), ('sha256', 'S64'), ('pixels', 'S64'), ('width', '<u4'), ('height', '<u4'), ('checksum', '<u4')])
 
 def enough(size: int # side of the square, pixels
           ) -> int: # pixels a side that a scaled decoder must leave
-    "What the decoder may not go below; thumbnails want 24 pixels."
-    return max(size, 24)
+    "What the decoder may not go below: the square itself, and four pixels for each of the 24 of a thumbnail."
+    return max(size, 4*24)
 
 # %% ../../nbs/1_data/pixel_store.ipynb #0709591d
 def decode_row(image: SourceFile, # the encoded image
