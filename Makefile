@@ -6,8 +6,9 @@ BIN    := $(VENV)/bin
 DEMO   ?= runs/demo
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test notebooks readme lab clean
+.PHONY: help setup demo test notebooks readme lab clean
 help:
+	@echo 'make setup      an environment with the tested versions, in $(VENV)'
 	@echo 'make demo       set up, run active learning with diffusion augmentation on the phantom, draw the learning curves'
 	@echo 'make test       set up, run nbdev_test and pytest'
 	@echo 'make notebooks  export the library, clean the notebooks, rebuild README.md'
@@ -19,6 +20,8 @@ $(VENV)/ready: constraints.txt settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+setup: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(BIN)/dal_sweep nbs/experiments/demo.yaml $(DEMO)

@@ -8,7 +8,7 @@ parser.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = parser['DEFAULT']
 
 setup(
-    name=cfg['repo'].lower(),
+    name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),

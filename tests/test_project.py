@@ -49,3 +49,18 @@ def test_misspelt_parameter_stops_papermill(tmp_path):
     assert done.returncode != 0
     assert "unknown parameter 'stratgy': did you mean 'strategy'?" in done.stderr
     assert not (tmp_path/'run').exists()
+
+
+def test_container_installs_what_was_tested():
+    "Dockerfile and devcontainer go through the Makefile, whose environment is the tested one; the server binds to loopback, and not as root."
+    container = json.loads((ROOT/'.devcontainer'/'devcontainer.json').read_text())
+    dockerfile = ROOT/'.devcontainer'/container['build']['dockerfile']
+    assert dockerfile.resolve() == ROOT/'Dockerfile'
+    text, makefile = dockerfile.read_text(), (ROOT/'Makefile').read_text()
+    assert 'constraints.txt' in text and 'make setup' in text and container['postCreateCommand'] == 'make setup'
+    assert re.search(r'^setup: \$\(VENV\)/ready$', makefile, re.M) and 'pip install' in makefile and '-c constraints.txt' in makefile
+    for name in re.search(r'^COPY --chown=\S+ (Makefile .*) \./$', text, re.M)[1].split(): assert (ROOT/name).exists()
+    assert text.index('\nUSER ') < text.index('make setup') and '${JUPYTER_IP:-127.0.0.1}' in text
+    assert f'target={re.search("^WORKDIR (.+)$", text, re.M)[1]},' in container['workspaceMount']
+    assert set(container['build']['args']) <= set(re.findall(r'^ARG (\w+)', text, re.M))
+    assert {'.git', 'runs', 'prepared'} <= set((ROOT/'.dockerignore').read_text().split())

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast
 from ..data.batches import Pixels
 from .augment import apply_augmentation, draw_augmentation
 from .classifier import Classifier, seeded
@@ -171,6 +172,7 @@ def run_steps(model, images, labels, p, steps, batch_size, lr, weight_decay, cri
                 clock.lap('data')
                 curve[step] = training_step(prepared, x, y.to(accelerator.device), drawn, criterion, optimiser, accelerator, clock, f'step {step + 1} of {steps}')
                 if progress is not None: progress(step + 1, steps, curve[step])
+        broadcast(list(model.buffers())) # running statistics: those of the first process
     finally:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARM', 'arm_of', 'baseline_first', 'labels_after', 'predictions_of', 'rounds_table', 'decisions_of', 'examples_of',
-           'collect', 'save_study', 'open_study', 'adjusted']
+           'run_folders', 'collect', 'save_study', 'open_study', 'adjusted']
 
 # %% ../../nbs/6_loop/collect.ipynb #51a643b8
 import io, json
@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from ..data.atomic import replace_folder, write_parquet
 from ..data.datasets import Dataset
-from .record import read_seconds, rounds_of
+from .record import differences, read_seconds, rounds_of
 
 # %% ../../nbs/6_loop/collect.ipynb #0d44bc09
 ARM = ['strategy', 'generator', 'seed'] # what names a run in a table
@@ -82,13 +82,26 @@ def examples_of(folder: Path, # a run's folder
         return file.getvalue()
     return verdict.loc[some, ['label', 'reason']].assign(**arm_of(folder), round=int(made[-1].parent.parent.name), png=[png(i) for i in np.load(made[-1])[some]])
 
+# %% ../../nbs/6_loop/collect.ipynb #b2c0d3e5
+def run_folders(runs: str | Path # folder of run folders
+               ) -> list[Path]: # baseline first
+    "The runs to collect: those of the sweep as it is now, or all where no sweep made them."
+    sweep = Path(runs).parent/'sweep.json'
+    now = json.loads(sweep.read_text())['runs'] if sweep.exists() else None
+    folders = sorted((p.parent for p in Path(runs).glob('*/run.json') if (now is None or p.parent.name in now) and rounds_of(p.parent)), key=baseline_first)
+    if not folders: raise FileNotFoundError(f'{runs} holds no run with a finished round; run a sweep into it first')
+    for a, b in zip(folders, folders[1:]):
+        if arm_of(a) != arm_of(b): continue
+        x, y = (json.loads((f/'run.json').read_text())['settings'] for f in (a, b))
+        raise ValueError(f'{a} and {b} have the same strategy, generator and seed, and differ otherwise ({"; ".join(differences(x, y)[:3])}); collect them apart, from folders of their own')
+    return folders
+
 # %% ../../nbs/6_loop/collect.ipynb #2f31fa68
 def collect(runs: str | Path, # folder of run folders
             dataset: Dataset # the one they ran on
            ) -> dict: # predictions, rounds, decisions, examples
     "All runs of a folder as tidy tables."
-    folders = sorted((p.parent for p in Path(runs).glob('*/run.json') if rounds_of(p.parent)), key=baseline_first)
-    if not folders: raise FileNotFoundError(f'{runs} holds no run with a finished round; run a sweep into it first')
+    folders = run_folders(runs)
     for f in folders:
         used = json.loads((f/'run.json').read_text())['dataset']['sha256']
         if used != dataset.sha256: raise ValueError(f'{f} ran on another data set ({used[:12]}...) than {dataset.name} ({dataset.sha256[:12]}...); name the one it ran on')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Fraction', 'Share', 'Strict', 'Classifier', 'Training', 'Prediction', 'Judge', 'Curriculum', 'Diffusion',
-           'Fit', 'Sampling', 'Gate', 'Allocation', 'Phantom', 'Config', 'explain', 'make_config', 'read_yaml',
-           'notebook_config']
+           'Fit', 'Sampling', 'Gate', 'Allocation', 'Phantom', 'Config', 'explain', 'make_config', 'check_plain',
+           'read_yaml', 'notebook_config']
 
 # %% ../../nbs/7_run/config.ipynb #17738c07
 import difflib
@@ -107,7 +107,7 @@ class Phantom(Strict):
     size: Count = 32
     seed: int = 0
 
-# %% ../../nbs/7_run/config.ipynb #ae2a7254
+# %% ../../nbs/7_run/config.ipynb #15a9b166
 class Config(Strict):
     "One run."
     dataset: str = 'phantom' # 'phantom', or the folder of a prepared data set
@@ -118,8 +118,11 @@ class Config(Strict):
     strategy: str = 'random'
     generator: Literal['none', 'pixel_diffusion'] = 'none'
     start_fraction: Fraction = .02
+    start_scheme: Literal['stratified', 'random'] = 'stratified' # how the labels of the start are drawn
     rounds: Count = 6
     budget: Count = 100 # labels bought a round
+    tracker: Literal['none', 'tensorboard', 'wandb', 'mlflow'] = 'none' # mirror of the record, see `dal_med.run.trackers`
+    tracker_folder: str | None = None # where the mirror lies; None: in `tracker`, inside the run's folder
     phantom: Phantom = Phantom()
     classifier: Classifier = Classifier()
     training: Training = Training()
@@ -134,8 +137,9 @@ class Config(Strict):
     curriculum: Curriculum = Curriculum()
 
     def settings(self) -> dict:
-        "What makes the run what it is: everything but where it lies."
-        return self.model_dump(mode='json', exclude={'dataset', 'folder', 'cache', 'phantom'})
+        "What makes the run what it is: everything but where it lies, and what watches it."
+        place = {'dataset', 'folder', 'cache', 'phantom', 'tracker', 'tracker_folder'}
+        return self.model_dump(mode='json', exclude=place | ({'start_scheme'} if self.start_scheme == 'stratified' else set()))
 
 # %% ../../nbs/7_run/config.ipynb #c8dcd987
 def explain(error: ValidationError, where: str) -> str: # one line a field
@@ -159,12 +163,28 @@ def make_config(parameters: dict, # field -> value
     try: return Config(**parameters)
     except ValidationError as e: raise ValueError(explain(e, where)) from None
 
+# %% ../../nbs/7_run/config.ipynb #c550e151
+def check_plain(data, where: str) -> None:
+    "Refuse whatever is not text, a number, true, false, null, a list or a mapping with text for keys."
+    todo, seen = [(data, where)], set()
+    while todo:
+        x, at = todo.pop()
+        if isinstance(x, dict | list):
+            if id(x) in seen: continue # an alias, perhaps of what it stands in
+            seen.add(id(x))
+            odd = [k for k in x if not isinstance(k, str)] if isinstance(x, dict) else []
+            if odd: raise ValueError(f'{at}: the key {odd[0]!r} is no text; put it in quotes')
+            todo += [(v, f'{at}: {k}') for k, v in x.items()] if isinstance(x, dict) else [(v, at) for v in x]
+        elif type(x) not in (str, int, float, bool, type(None)):
+            raise ValueError(f'{at} holds a {type(x).__name__}; expected text, a number, true, false, null, a list or a mapping: put it in quotes if it is text')
+
 # %% ../../nbs/7_run/config.ipynb #e345ac49
 def read_yaml(path: str | Path) -> dict: # top-level mapping
     "Read plain YAML data; tags that would build objects are errors."
     try: data = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except yaml.YAMLError as e: raise ValueError(f'{path} is not readable as YAML: {e}') from None
     if not isinstance(data, dict): raise ValueError(f'{path} holds {type(data).__name__}; expected a mapping of parameters')
+    check_plain(data, str(path))
     return data
 
 # %% ../../nbs/7_run/config.ipynb #67eb9e05
