@@ -20,7 +20,7 @@ from ..generate.pixel_diffusion import PixelDiffusion
 from ..learn.classifier import create_classifier, load_classifier, save_classifier
 from ..learn.imbalance import adjust
 from ..learn.prediction import predict
-from ..learn.training import train
+from ..learn.training import make_accelerator, train
 from .chance import stream
 from .curriculum import curriculum
 from .once_a_split import pretrained
@@ -110,8 +110,8 @@ def train_phase(run: Run, round: int, out: Path) -> None:
 
 # %% ../../nbs/6_loop/phases.ipynb #1ef779d9
 def trained(run: Run, round: int): # the classifier that round trained
-    "The classifier of a round."
-    return load_classifier(run.phase(round, '1_train')/'classifier.safetensors')
+    "The classifier of a round, on the device that accelerate finds."
+    return load_classifier(run.phase(round, '1_train')/'classifier.safetensors').to(make_accelerator().device)
 
 # %% ../../nbs/6_loop/phases.ipynb #f18a74d2
 def evaluate_phase(run: Run, round: int, out: Path) -> None:

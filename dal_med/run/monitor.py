@@ -76,7 +76,7 @@ class Page:
         for w in (*self.filters.values(), self.search, self.order, self.over): w.param.watch(lambda e: self.refresh(True), 'value')
         self.run.param.watch(lambda e: self.show_run(), 'value')
 
-# %% ../../nbs/7_run/monitor.ipynb #ff9df0d1
+# %% ../../nbs/7_run/monitor.ipynb #db0314a5
 @patch
 def refresh(self: Page, force: bool = False, brief: bool = False): # even if nothing changed; the list alone
     "Show what is new."
@@ -98,7 +98,7 @@ def refresh(self: Page, force: bool = False, brief: bool = False): # even if not
     with doc.models.freeze() if doc else nullcontext(): # Bokeh would walk through the whole page after each change
         self.show_curves(list(chosen.name))
         self.show_run()
-    self.rest = time.monotonic() + min(3*(time.monotonic() - begun), 3.) # on a busy machine a page takes a quarter of the server's time, no more
+    self.rest = time.monotonic() + min(2*(time.monotonic() - begun), 1.) # on a busy machine a page leaves most of the server's time to others
 
 # %% ../../nbs/7_run/monitor.ipynb #571f35ce
 @patch
@@ -276,7 +276,7 @@ def notebook_handler(watch: Watch, hosts: list): # Tornado handler class
             self.write(page)
     return Notebook
 
-# %% ../../nbs/7_run/monitor.ipynb #d476fef9
+# %% ../../nbs/7_run/monitor.ipynb #be11cb55
 def start_server(watch: Watch, # polling already
                  port: int = 0, # 0: any that is free
                  show: bool = False, # open a browser
@@ -305,7 +305,7 @@ def start_server(watch: Watch, # polling already
     patterns = [(r'/notebook/(.*)', notebook_handler(watch, hosts)), (r'/static/js/bokeh-(?:mathjax|tables|gl)\.min\.js', Unused),
                 (r'/components/.*', ErrorHandler, dict(status_code=404))] # Panel would import modules by name there
     server = pn.serve({'/': page}, address='127.0.0.1', port=port, websocket_origin=hosts, show=show, start=True, threaded=threaded, verbose=False, title='DiffusionAL-Med: runs',
-                      extra_patterns=patterns, admin=False, log_level='critical', check_unused_sessions_milliseconds=5000)
+                      extra_patterns=patterns, admin=False, log_level='critical', check_unused_sessions_milliseconds=1000, unused_session_lifetime_milliseconds=5000)
     return server, port
 
 # %% ../../nbs/7_run/monitor.ipynb #94772df7

@@ -6,13 +6,14 @@
 __all__ = ['dataset_folders', 'find_dataset', 'measured', 'judged', 'numbers', 'round_record', 'Watched', 'Watch', 'leaves',
            'variants', 'runs_table', 'rounds_table', 'over_seeds', 'picks_of', 'png', 'newest_synthetic', 'losses_of']
 
-# %% ../../nbs/7_run/watch.ipynb #38c94845
+# %% ../../nbs/7_run/watch.ipynb #6ad32be4
 import io, json, math, os, threading, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from PIL import Image
+from fastcore.basics import patch
 from scipy.special import stdtrit
 from ..data.datasets import Dataset, open_dataset, read_manifest
 from ..measure.resampled import METRICS
@@ -116,7 +117,7 @@ class Watched:
         self.rounds[round] = round_record(self.place.folder, round, bought, self.files, truth)
         self.changes += str(self.rounds[round]) != str(before)
 
-# %% ../../nbs/7_run/watch.ipynb #8af9f7c7
+# %% ../../nbs/7_run/watch.ipynb #eb5eed5a
 class Watch:
     "All runs below a folder; `version` rises when something changed."
     def __init__(self, root: str | Path, datasets: list = ()):
@@ -126,53 +127,64 @@ class Watch:
         self.shown = os.path.relpath(self.root) if self.root.is_relative_to(Path.cwd()) else str(self.root)
         self.given, self.files, self.runs, self.data, self.version, self.behind, self.turn, self.lock = list(datasets), Files(), {}, {}, 0, 0, 0, threading.Lock()
 
-    def dataset(self, run: Watched) -> tuple: # Dataset and image_id -> class index, or None and None
-        "The data set of a run; a missing one is looked for again every 20 seconds."
-        sha256, name = (str(run.identity['dataset'].get(k, '')) for k in ('sha256', 'name'))
-        found, truth, when = self.data.get(sha256, (None, None, -math.inf))
-        if sha256 and found is None and time.monotonic() - when > 20:
-            found = find_dataset(sha256, name, dataset_folders(run.place, self.given))
-            truth = None if found is None else pd.Series(found.labels, index=found.metadata.image_id)
-            self.data[sha256] = found, truth, time.monotonic()
-        return found, truth
+# %% ../../nbs/7_run/watch.ipynb #c471e677
+@patch
+def dataset(self: Watch, run: Watched) -> tuple: # Dataset and image_id -> class index, or None and None
+    "The data set of a run; a missing one is looked for again every 20 seconds."
+    sha256, name = (str(run.identity['dataset'].get(k, '')) for k in ('sha256', 'name'))
+    found, truth, when = self.data.get(sha256, (None, None, -math.inf))
+    if sha256 and found is None and time.monotonic() - when > 20:
+        found = find_dataset(sha256, name, dataset_folders(run.place, self.given))
+        truth = None if found is None else pd.Series(found.labels, index=found.metadata.image_id)
+        self.data[sha256] = found, truth, time.monotonic()
+    return found, truth
 
-    def poll(self, budget: float = .25 # seconds for reading records
-            ) -> int: # the version
-        "Look at every run, and read some of what is new."
-        with self.lock:
-            before, held, until = self.seen(), locks_held(), time.monotonic() + budget
-            places, now = find_places(self.root, self.files), time.time()
-            self.runs = {n: self.runs.get(n) or Watched(p) for n, p in places.items()}
-            todo = []
-            self.turn += 1
-            for k, (name, run) in enumerate(self.runs.items()):
-                if run.status.get('state') == 'finished' and not run.news_due and (self.turn + k) % 5: continue
-                try: run.look(places[name], held, now)
-                except Exception as e: run.files.problems[str(places[name].folder)] = f'{type(e).__name__}: {e}'[:300]
-                truth = self.dataset(run)[1]
-                todo += [(run, r, stamp, truth) for r, stamp in run.news(truth)]
-            self.behind = len(todo)
-            for k, (run, *what) in enumerate(todo):
-                if k and time.monotonic() > until: break
-                run.read(*what)
-                self.behind -= 1
-            self.version += self.seen() != before
-        return self.version
+# %% ../../nbs/7_run/watch.ipynb #2022dc70
+@patch
+def poll(self: Watch, budget: float = .25 # seconds for reading records
+        ) -> int: # the version
+    "Look at every run, and read some of what is new."
+    with self.lock:
+        before, held, until = self.seen(), locks_held(), time.monotonic() + budget
+        places, now = find_places(self.root, self.files), time.time()
+        self.runs = {n: self.runs.get(n) or Watched(p) for n, p in places.items()}
+        todo = []
+        self.turn += 1
+        for k, (name, run) in enumerate(self.runs.items()):
+            if run.status.get('state') == 'finished' and not run.news_due and (self.turn + k) % 5: continue
+            try: run.look(places[name], held, now)
+            except Exception as e: run.files.problems[str(places[name].folder)] = f'{type(e).__name__}: {e}'[:300]
+            truth = self.dataset(run)[1]
+            todo += [(run, r, stamp, truth) for r, stamp in run.news(truth)]
+        self.behind = len(todo)
+        for k, (run, *what) in enumerate(todo):
+            if k and time.monotonic() > until: break
+            try: run.read(*what)
+            except Exception as e: run.files.problems[f'{run.place.folder}/rounds'] = f'{type(e).__name__}: {e}'[:300]
+            self.behind -= 1
+        self.version += self.seen() != before
+    return self.version
 
-    def seen(self) -> tuple: return len(self.runs), sum(r.changes for r in self.runs.values()), len(self.problems()) # differs when something changed
+# %% ../../nbs/7_run/watch.ipynb #a126df25
+@patch
+def seen(self: Watch) -> tuple: return len(self.runs), sum(r.changes for r in self.runs.values()), len(self.problems()) # differs when something changed
 
-    def problems(self) -> dict: # file, relative to what is watched -> what is wrong with it
-        "Everything that could not be read."
-        return {os.path.relpath(p, self.root): e for f in (self.files, *(r.files for r in list(self.runs.values()))) for p, e in list(f.problems.items())}
+# %% ../../nbs/7_run/watch.ipynb #f38d7c03
+@patch
+def problems(self: Watch) -> dict: # file, relative to what is watched -> what is wrong with it
+    "Everything that could not be read."
+    return {os.path.relpath(p, self.root): e for f in (self.files, *(r.files for r in list(self.runs.values()))) for p, e in list(f.problems.items())}
 
-    def start(self, every: float = .5): # seconds between two looks
-        "Poll for ever, in a thread that ends with the process."
-        def work():
-            while True:
-                try: self.poll()
-                except Exception as e: self.files.problems[str(self.root)] = f'{type(e).__name__}: {e}'[:300]
-                time.sleep(.25 if self.behind else every) # leaves half of the time to the pages
-        threading.Thread(target=work, daemon=True).start()
+# %% ../../nbs/7_run/watch.ipynb #a0782cda
+@patch
+def start(self: Watch, every: float = .5): # seconds between two looks
+    "Poll for ever, in a thread that ends with the process."
+    def work():
+        while True:
+            try: self.poll() and self.files.problems.pop(str(self.root), None)
+            except Exception as e: self.files.problems[str(self.root)] = f'{type(e).__name__}: {e}'[:300]
+            time.sleep(.25 if self.behind else every) # leaves half of the time to the pages
+    threading.Thread(target=work, daemon=True).start()
 
 # %% ../../nbs/7_run/watch.ipynb #e53a51dd
 def leaves(settings: dict, prefix: str = '') -> dict: # 'curriculum.ratio' -> value
