@@ -59,6 +59,7 @@ def fits(n_bytes: int, # of the whole array
     free, _ = module.mem_get_info(device)
     return n_bytes <= share*free
 
+# %% ../../nbs/1_data/batches.ipynb #87a0f3f8
 class Pixels:
     "Images in batches on a device; which images they are, and not where they lie, decides the result."
     def __init__(self,

@@ -95,6 +95,7 @@ def moved(url: str, base_url: str | None) -> str:
     "The address on another server, with path and query as they are; for mirrors and tests."
     return url if base_url is None else urlunsplit((*urlsplit(base_url)[:2], *urlsplit(url)[2:]))
 
+# %% ../../nbs/1_data/fetch.ipynb #5be9d0ef
 def list_downloads(name: str, # of a data set
                    size: int = 224, # dermamnist: the smallest published images that have as many pixels a side
                    session: requests.Session | None = None,

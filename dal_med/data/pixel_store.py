@@ -80,6 +80,7 @@ def checksum(*parts: np.ndarray | bytes) -> int:
     for part in parts: value = zlib.crc32(part if isinstance(part, bytes) else np.ascontiguousarray(part), value)
     return value
 
+# %% ../../nbs/1_data/pixel_store.ipynb #8e5600d3
 class PixelStore:
     "The arrays of a data set in the making, in a folder."
     def __init__(self, folder: Path, # made unless it is there

@@ -60,7 +60,7 @@ def summary(d: Dataset # just prepared
     for key, what in (('left_out', 'rows without an image were left out'), ('damaged', 'images that cannot be decoded were left out')):
         if notes.get(key): lines.append(f'{len(notes[key]):,} {what}: {listed(notes[key])}')
     if notes.get('no_counterpart'): lines.append('diagnoses without a counterpart among the classes, kept without a label: ' + ', '.join(f'{k} {v:,}' for k, v in notes['no_counterpart'].items()))
-    lines += [str(w) for w in notes.get('warnings', ())]
+    lines += [f'{key}: {text}' for key, text in notes.items() if isinstance(text, str)]
     near = m.get('near_duplicates')
     if near: lines.append(f"near-duplicates: {near['pairs']} pairs, across groups: " + (listed(f'{a} = {b}' for a, b, *_ in near['across_groups']) or 'none'))
     if m.get('identical', {}).get('pairs'): lines.append('identical images: ' + listed(f'{a} = {b}' for a, b in m['identical']['pairs']))

@@ -39,8 +39,7 @@ class SourceSet:
     def __len__(self): return len(self.table)
 
     @property
-    def files(self) -> list[SourceFile]: # images, then masks
-        return [*self.images, *(self.masks or ())]
+    def files(self) -> list[SourceFile]: return [*self.images, *(self.masks or ())]
 
     @cached_property
     def fingerprint(self) -> str: # the same wherever the source lies

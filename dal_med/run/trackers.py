@@ -120,6 +120,7 @@ def open_mlflow(folder: Path, name: str, key: str) -> tuple[GeneralTracker, Call
 # %% ../../nbs/7_run/trackers.ipynb #b3c44ac0
 OPEN = dict(tensorboard=open_tensorboard, wandb=open_wandb, mlflow=open_mlflow)
 
+# %% ../../nbs/7_run/trackers.ipynb #a5397607
 class Mirror:
     "A tracker that shows the record of a run; `show` adds what it has not shown yet."
     def __init__(self, config: Config): # of a run whose folder holds run.json

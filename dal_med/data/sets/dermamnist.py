@@ -124,6 +124,7 @@ def check_md5(path: Path # a file of MedMNIST
     with open(path, 'rb') as f: md5 = hashlib.file_digest(f, 'md5').hexdigest()
     if md5 not in MD5.values(): raise ValueError(f'{path} is none of the published files: its MD5 is {md5}, published are {", ".join(f"{n} {m}" for n, m in MD5.items())}; download it again, or pass verify=False for another edition')
 
+# %% ../../../nbs/1_data/sets/dermamnist.ipynb #23565391
 def read_dermamnist(*sources: str | Path, # dermamnist.npz, a folder that holds it, or the word 'medmnist'
                     partial: bool = False, # as in all readers; here images and labels are one file
                     pixels: int | None = None, # 28, 64, 128 or 224, where there are several
