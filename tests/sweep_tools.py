@@ -1,5 +1,5 @@
 """Cheap sweeps, and what disturbs them, for tests that start `dal_sweep` as a user does."""
-import json, os, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import yaml
 from dal_med.loop.record import record_files
@@ -61,7 +61,7 @@ class Folder:
 
     def start(self, *options, cores=2, env=None):
         return subprocess.Popen([*SWEEP, str(self.path/'sweep.yaml'), str(self.out), '--cores', str(cores), *options], cwd=self.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env={**os.environ, **(env or {})})
+                                env={**os.environ, **(env or {})}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # as from a terminal, wherever the tests run
 
     def call(self, *options, expect=0, **more):
         process = self.start(*options, **more)

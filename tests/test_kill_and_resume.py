@@ -25,13 +25,14 @@ def test_killed_runs_end_with_the_same_record(tmp_path):
         records.append(record_files(tmp_path/name/'run'))
     assert records[0] == records[1] and len(records[0]) > 20
 
-    rng, killed, phases, number = np.random.default_rng(0), 0, set(), 0
+    moment, killed, phases, number = np.random.default_rng(0).random(), 0, set(), 0
     while killed < KILLS:
         folder, number = tmp_path/f'run{number}', number + 1
         while True:
             process = start(context, folder)
             if killed < KILLS:
-                time.sleep(rng.uniform(0, .8*seconds))
+                moment = (moment + .618) % 1  # a random start, then spread evenly over the run
+                time.sleep(.8*seconds*moment)
                 if process.is_alive():
                     os.kill(process.pid, signal.SIGKILL)
                     killed += 1

@@ -47,10 +47,11 @@ def recheck(out: Path, names) -> list[str]: # runs that are to be run again
 
 # %% ../../nbs/7_run/sweep.ipynb #a1354ff5
 def start_engine(out: Path, command: list) -> subprocess.Popen:
-    "Start Snakemake with the engine's lock, which must be free."
+    "Start Snakemake with the engine's lock, which must be free; it heeds SIGINT, by which it is stopped, also where a shell that started all this in the background had it ignored."
+    def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL)
     with open(out/'.engine', 'a') as lock, open(out/'snakemake.log', 'w') as log:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock.fileno(),))
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock.fileno(),), preexec_fn=heed)
         lock.truncate(0)
         lock.write(str(process.pid))
     return process
