@@ -9,11 +9,14 @@ __all__ = ['STRATEGIES', 'get_strategy']
 from collections.abc import Callable
 from difflib import get_close_matches
 
+from .badge import badge, kmeans_plus_plus
+from .disagreement import bald, mean_std
 from .diversity import coreset
-from .scores import entropy, margin, random
+from .scores import entropy, least_confidence, margin, random
 
 # %% ../../nbs/3_query/strategies.ipynb #5cf7e58f
-STRATEGIES = dict(random=random, entropy=entropy, margin=margin, coreset=coreset) # name -> strategy(probs, embeddings, labelled, budget, rng)
+STRATEGIES = dict(random=random, least_confidence=least_confidence, entropy=entropy, margin=margin, bald=bald, mean_std=mean_std, coreset=coreset,
+                  kmeans_plus_plus=kmeans_plus_plus, badge=badge) # name -> strategy(probs, embeddings, labelled, budget, rng)
 
 # %% ../../nbs/3_query/strategies.ipynb #32a5da41
 def get_strategy(
