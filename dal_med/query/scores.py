@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['random', 'predictive_entropy', 'entropy', 'margin_score', 'margin', 'least_confidence_score', 'least_confidence']
 
-# %% ../../nbs/3_query/scores.ipynb #fb5ac58e
+# %% ../../nbs/3_query/scores.ipynb #00577685
 import numpy as np
 from scipy.special import entr
 
-from .contract import Query, check_query_inputs, take_highest
+from .contract import Query, check_query_inputs, mean_prediction, take_highest
 
 # %% ../../nbs/3_query/scores.ipynb #57ae0a9a
 def random(
@@ -25,14 +25,14 @@ def random(
     draws[inputs.unlabelled] = np.random.default_rng(rng).random(len(inputs.unlabelled))
     return take_highest(draws, inputs.unlabelled, inputs.budget)
 
-# %% ../../nbs/3_query/scores.ipynb #3c7df17d
+# %% ../../nbs/3_query/scores.ipynb #0e093478
 def predictive_entropy(
     probs: np.ndarray, # (n, c) class probabilities
 ) -> np.ndarray: # (n,) nats, 0 (certain) to ln c (uniform)
     "Shannon entropy of each row; a class of probability 0 adds 0."
-    return entr(probs).sum(axis=1)
+    return entr(probs.astype(np.float64, copy=False)).sum(axis=1)
 
-# %% ../../nbs/3_query/scores.ipynb #cb130218
+# %% ../../nbs/3_query/scores.ipynb #a99c8890
 def entropy(
     probs, # (n, c) or (t, n, c) class probabilities
     embeddings, # (n, d) or None; checked, not used
@@ -42,7 +42,7 @@ def entropy(
 ) -> Query: # scores in nats
     "The rows whose mean prediction has the highest Shannon entropy (Gal et al. 2017, arXiv:1703.02910)."
     inputs = check_query_inputs(probs, embeddings, labelled, budget, needs='probs')
-    return take_highest(predictive_entropy(inputs.probs.mean(axis=0)), inputs.unlabelled, inputs.budget)
+    return take_highest(predictive_entropy(mean_prediction(inputs.probs)), inputs.unlabelled, inputs.budget)
 
 # %% ../../nbs/3_query/scores.ipynb #576ee220
 def margin_score(
@@ -52,7 +52,7 @@ def margin_score(
     top = np.sort(probs, axis=1)[:, ::-1]
     return 1 - (top[:, 0] - (top[:, 1] if probs.shape[1] > 1 else 0))
 
-# %% ../../nbs/3_query/scores.ipynb #9b11e5a3
+# %% ../../nbs/3_query/scores.ipynb #5b7d5b1a
 def margin(
     probs, # (n, c) or (t, n, c) class probabilities
     embeddings, # (n, d) or None; checked, not used
@@ -62,7 +62,7 @@ def margin(
 ) -> Query: # scores in [0, 1]
     "The rows whose mean prediction has the smallest gap between the two best classes (Scheffer et al. 2001; arXiv:2210.03822)."
     inputs = check_query_inputs(probs, embeddings, labelled, budget, needs='probs')
-    return take_highest(margin_score(inputs.probs.mean(axis=0)), inputs.unlabelled, inputs.budget)
+    return take_highest(margin_score(mean_prediction(inputs.probs)), inputs.unlabelled, inputs.budget)
 
 # %% ../../nbs/3_query/scores.ipynb #39dc07b9
 def least_confidence_score(
@@ -71,7 +71,7 @@ def least_confidence_score(
     "One minus the highest probability of each row."
     return 1 - probs.max(axis=1)
 
-# %% ../../nbs/3_query/scores.ipynb #d19e31f5
+# %% ../../nbs/3_query/scores.ipynb #3ed7ba28
 def least_confidence(
     probs, # (n, c) or (t, n, c) class probabilities
     embeddings, # (n, d) or None; checked, not used
@@ -81,4 +81,4 @@ def least_confidence(
 ) -> Query: # scores in [0, 1 - 1/c]
     "The rows whose mean prediction has the lowest highest probability (Lewis and Gale 1994, arXiv:cmp-lg/9407020)."
     inputs = check_query_inputs(probs, embeddings, labelled, budget, needs='probs')
-    return take_highest(least_confidence_score(inputs.probs.mean(axis=0)), inputs.unlabelled, inputs.budget)
+    return take_highest(least_confidence_score(mean_prediction(inputs.probs)), inputs.unlabelled, inputs.budget)

@@ -5,18 +5,27 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'get_strategy']
 
-# %% ../../nbs/3_query/strategies.ipynb #f3c46331
+# %% ../../nbs/3_query/strategies.ipynb #6e093af4
 from collections.abc import Callable
 from difflib import get_close_matches
 
 from .badge import badge, kmeans_plus_plus
+from .batchbald import batchbald
+from .clustered_margin import clustered_margin
 from .disagreement import bald, mean_std
 from .diversity import coreset
+from .dropquery import dropquery
+from .hybrid import hybrid
+from .kmeans import kmeans
+from .probcover import probcover
+from .rep_div import rep_div
 from .scores import entropy, least_confidence, margin, random
+from .stochastic_batches import STOCHASTIC
+from .typiclust import typiclust
 
-# %% ../../nbs/3_query/strategies.ipynb #5cf7e58f
-STRATEGIES = dict(random=random, least_confidence=least_confidence, entropy=entropy, margin=margin, bald=bald, mean_std=mean_std, coreset=coreset,
-                  kmeans_plus_plus=kmeans_plus_plus, badge=badge) # name -> strategy(probs, embeddings, labelled, budget, rng)
+# %% ../../nbs/3_query/strategies.ipynb #075517ce
+STRATEGIES = {s.__name__: s for s in (random, least_confidence, entropy, margin, bald, mean_std, batchbald, coreset, kmeans_plus_plus, kmeans, typiclust, probcover, rep_div,
+                                      badge, clustered_margin, dropquery, hybrid)} | STOCHASTIC # name -> strategy(probs, embeddings, labelled, budget, rng)
 
 # %% ../../nbs/3_query/strategies.ipynb #32a5da41
 def get_strategy(
