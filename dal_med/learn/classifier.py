@@ -55,10 +55,11 @@ class Classifier(nn.Module):
         "uint8, or float in 0..1, `(n, h, w, 3)` or `(n, 3, h, w)` -> normalised float `(n, 3, h, w)`, channels last."
         if x.ndim != 4 or 3 not in (x.shape[1], x.shape[3]):
             raise ValueError(f'images have shape {tuple(x.shape)}; expected (n, h, w, 3) or (n, 3, h, w)')
-        if x.shape[1] != 3: x = x.permute(0, 3, 1, 2)
-        std = self.std * 255 if x.dtype == torch.uint8 else self.std
-        mean = self.mean * 255 if x.dtype == torch.uint8 else self.mean
-        return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        if x.shape[1] == 3: x = x.permute(0, 2, 3, 1)
+        n, h, w, _ = x.shape
+        scale, shift = 1/(self.std*255 if x.dtype == torch.uint8 else self.std), -self.mean/self.std
+        rows = x.reshape(n, h, 3*w).to(scale.dtype, copy=True) # long rows are vectorised, three channels are not
+        return rows.mul_(scale.flatten().repeat(w)).add_(shift.flatten().repeat(w)).view(n, h, w, 3).permute(0, 3, 1, 2)
 
     def embed(self, x):
         "Images -> embeddings `(n, d)`."

@@ -31,10 +31,12 @@ def baseline_first(folder: Path) -> tuple: # sort key
     return arm['strategy'] != 'random', arm['strategy'], arm['generator'] != 'none', arm['generator'], arm['seed']
 
 # %% ../../nbs/6_loop/collect.ipynb #b8e48f87
-def labels_after(folder: Path, round: int) -> int: # labels that this round trained on
+def labels_after(folder: Path, round: int) -> int: # those that it trained on, and those of validation where a temperature was fitted to them
     "How many labels were bought before a round."
     paths = [folder/'rounds'/'00'/'0_start', *(folder/'rounds'/f'{r:02d}'/'4_query' for r in range(round))]
-    return sum(len(pd.read_parquet(p/'picks.parquet', columns=['position'])) for p in paths)
+    validation = folder/'rounds'/'00'/'3_predict'/'validation.parquet'
+    counted = len(pd.read_parquet(validation, columns=['label'])) if round and validation.exists() else 0
+    return counted + sum(len(pd.read_parquet(p/'picks.parquet', columns=['position'])) for p in paths)
 
 # %% ../../nbs/6_loop/collect.ipynb #ab0674df
 def predictions_of(folder: Path, # a run's folder
@@ -49,12 +51,15 @@ def predictions_of(folder: Path, # a run's folder
 
 # %% ../../nbs/6_loop/collect.ipynb #66e25c87
 def rounds_table(folder: Path, classes: tuple) -> pd.DataFrame: # a row a round
-    "What each round trained on (real and synthetic images by class, drawn prior) and what each of its phases took."
+    "What each round trained on (real and synthetic images by class, drawn prior), how far its predictions had settled, and what each of its phases took."
     seconds = read_seconds(folder).pivot_table(index='round', columns='phase', values='seconds').add_prefix('seconds_')
     rows = []
     for r in rounds_of(folder):
         t = json.loads((folder/'rounds'/f'{r:02d}'/'1_train'/'training.json').read_text())
+        settled = folder/'rounds'/f'{r:02d}'/'4_query'/'stopping.json'
+        report = json.loads(settled.read_text()) if settled.exists() else {}
         rows.append(dict(**arm_of(folder), round=r, labels_bought=labels_after(folder, r),
+                         **{k: np.nan if report.get(k) is None else report[k] for k in ('kappa', 'mean_kappa', 'changed')},
                          **{f'{k}_{c}': t[k][i] for k in ('real', 'synthetic', 'prior') for i, c in enumerate(classes)}))
     return pd.DataFrame(rows).merge(seconds, left_on='round', right_index=True, how='left')
 

@@ -13,9 +13,10 @@ import pandas as pd
 from ..data.datasets import Dataset
 from ..learn.classifier import weights_sha256
 from .oracle import SimulatedOracle
-from .phases import PHASES, Run, new_classifier
+from .phases import PHASES, Run, new_classifier, start_size, starts_cold
 from .plan import Plan, make_plan
 from .record import check_phase, claim, heavy, locked, sweep_partials, timed, write_phase
+from ..query.cold_start import cold_strategies
 from ..query.strategies import STRATEGIES
 
 # %% ../../nbs/6_loop/loop.ipynb #55337c90
@@ -34,10 +35,13 @@ def check_settings(settings: dict, plan: Plan) -> None:
     "Refuse what could only fail hours later."
     if settings['strategy'] not in {*STRATEGIES, 'oracle_full'}:
         raise ValueError(f'strategy is {settings["strategy"]!r}; known are {", ".join(STRATEGIES)}, and oracle_full for the reference that sees all labels')
-    if not len(plan.start): raise ValueError('the start set is empty: the first round has nothing to train on; take a stratified or random one, of a fraction above 0')
-    asked, there = len(plan.start) + settings['budget']*(settings['rounds'] - 1), len(plan.pool)
+    start = start_size(settings, plan)
+    if starts_cold(settings) and settings['cold_strategy'] not in cold_strategies():
+        raise ValueError(f'cold_strategy is {settings["cold_strategy"]!r}; a cold start has embeddings and no predictions, so it can be chosen by {", ".join(cold_strategies())}')
+    if not start: raise ValueError('the start set is empty: the first round has nothing to train on; take a stratified or random one, of a fraction above 0, or a cold start')
+    asked, there = start + settings['budget']*(settings['rounds'] - 1), len(plan.pool)
     if settings['strategy'] != 'oracle_full' and asked > there:
-        raise ValueError(f'the budget is larger than the pool: {len(plan.start)} start labels and {settings["rounds"] - 1} x {settings["budget"]} queried ones make '
+        raise ValueError(f'the budget is larger than the pool: {start} start labels and {settings["rounds"] - 1} x {settings["budget"]} queried ones make '
                          f'{asked}, and the pool has {there} images; lower budget, rounds or start_fraction')
     if settings['strategy'] == 'oracle_full' and settings['rounds'] != 1: raise ValueError('oracle_full buys the whole pool at once: set rounds to 1')
 
@@ -46,12 +50,13 @@ def open_run(dataset: Dataset, folder: Path, cache: Path, settings: dict, plan: 
     "Claim the folder, check what is in it, and hand the labels to the oracle."
     full = settings['strategy'] == 'oracle_full'
     plan = plan or make_plan(dataset.labels, dataset.groups, seed=settings['seed'], split_seed=settings['split_seed'], start_fraction=1. if full else settings['start_fraction'],
-                             start_scheme=settings.get('start_scheme', 'stratified'))
+                             start_scheme='stratified' if full else settings.get('start_scheme', 'stratified'))
     check_settings(settings, plan)
+    counted = settings['prediction'].get('temperature', 'none') == 'validation' and settings['rounds'] > 1
     run = Run(folder, cache, settings, dataset.images, dataset.metadata.image_id.to_numpy(str), np.asarray(dataset.groups), tuple(dataset.classes), plan,
-              SimulatedOracle(dataset.labels[plan.pool]), progress)
+              SimulatedOracle(dataset.labels[plan.pool]), progress, SimulatedOracle(dataset.labels[plan.validation]) if counted else None)
     claim(folder, dict(settings=settings, dataset=dict(name=dataset.name, sha256=dataset.sha256), classes=run.classes, plan=plan.sha256,
-                       labels=dict(pool=len(plan.pool), test=len(plan.test), validation_bought=0), initial_weights=weights_sha256(new_classifier(run))))
+                       labels=dict(pool=len(plan.pool), test=len(plan.test), validation_bought=len(plan.validation)*counted), initial_weights=weights_sha256(new_classifier(run))))
     return run
 
 # %% ../../nbs/6_loop/loop.ipynb #4bd85a24

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Fraction', 'Share', 'Strict', 'Classifier', 'Training', 'Prediction', 'Judge', 'Curriculum', 'Diffusion',
-           'Fit', 'Sampling', 'Gate', 'Allocation', 'Phantom', 'Config', 'explain', 'make_config', 'check_plain',
-           'read_yaml', 'notebook_config']
+           'Fit', 'Sampling', 'Gate', 'Allocation', 'Views', 'Encoder', 'Phantom', 'Config', 'explain', 'make_config',
+           'check_plain', 'read_yaml', 'notebook_config']
 
 # %% ../../nbs/7_run/config.ipynb #17738c07
 import difflib
@@ -43,9 +43,12 @@ class Training(Strict):
 
 # %% ../../nbs/7_run/config.ipynb #a0c2ad34
 class Prediction(Strict):
-    "Monte-Carlo passes of the head over the pool, and views averaged at test time."
-    passes: Count = 10
+    "How the pool is asked, and how many views are averaged at test time."
+    passes: Count = 10 # of dropout or Laplace
     views: Count = 3
+    uncertainty: Literal['dropout', 'laplace', 'ensemble', 'snapshot'] = 'dropout' # what the passes over the pool are
+    members: Annotated[int, Field(ge=2)] = 5 # of an ensemble, or snapshots
+    temperature: Literal['none', 'validation'] = 'none' # of the pool's probabilities; 'validation' buys the validation labels
 
 # %% ../../nbs/7_run/config.ipynb #ef55abf0
 class Judge(Strict):
@@ -101,6 +104,21 @@ class Allocation(Strict):
     target: Literal['largest', 'median'] = 'largest'
 
 # %% ../../nbs/7_run/config.ipynb #4ca78d15
+class Views(Strict):
+    "Arguments of `dal_med.learn.pretrain.draw_crops`."
+    area: tuple[Fraction, Fraction] = (.3, 1.)
+    colour: Annotated[float, Field(ge=0)] = .03
+
+class Encoder(Strict):
+    "Arguments of `dal_med.learn.pretrain.create_encoder` and `pretrain`, for a cold start."
+    name: str = 'test_resnet'
+    method: Literal['simclr', 'vicreg'] = 'simclr'
+    steps: Count = 300
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    lr: Annotated[float, Field(gt=0)] = 2e-3
+    views: Views = Views()
+    mixed_precision: Literal['no', 'bf16'] = 'no'
+
 class Phantom(Strict):
     "The embedded data set: how many images, and which."
     n: Count = 1200
@@ -118,12 +136,14 @@ class Config(Strict):
     strategy: str = 'random'
     generator: Literal['none', 'pixel_diffusion'] = 'none'
     start_fraction: Fraction = .02
-    start_scheme: Literal['stratified', 'random'] = 'stratified' # how the labels of the start are drawn
+    start_scheme: Literal['stratified', 'random', 'cold'] = 'stratified' # how the labels of the start are drawn; 'cold': by `cold_strategy` on embeddings learnt without labels
+    cold_strategy: str = 'typiclust' # one of `dal_med.query.cold_start.cold_strategies()`
     rounds: Count = 6
     budget: Count = 100 # labels bought a round
     tracker: Literal['none', 'tensorboard', 'wandb', 'mlflow'] = 'none' # mirror of the record, see `dal_med.run.trackers`
     tracker_folder: str | None = None # where the mirror lies; None: in `tracker`, inside the run's folder
     phantom: Phantom = Phantom()
+    encoder: Encoder = Encoder()
     classifier: Classifier = Classifier()
     training: Training = Training()
     prediction: Prediction = Prediction()
@@ -139,7 +159,11 @@ class Config(Strict):
     def settings(self) -> dict:
         "What makes the run what it is: everything but where it lies, and what watches it."
         place = {'dataset', 'folder', 'cache', 'phantom', 'tracker', 'tracker_folder'}
-        return self.model_dump(mode='json', exclude=place | ({'start_scheme'} if self.start_scheme == 'stratified' else set()))
+        later = {'stratified': {'start_scheme', 'cold_strategy', 'encoder'}, 'random': {'cold_strategy', 'encoder'}, 'cold': set()}
+        found = self.model_dump(mode='json', exclude=place | later[self.start_scheme])
+        p = found['prediction']
+        if (p['uncertainty'], p['temperature']) == ('dropout', 'none'): found['prediction'] = {k: p[k] for k in ('passes', 'views')}
+        return found
 
 # %% ../../nbs/7_run/config.ipynb #c8dcd987
 def explain(error: ValidationError, where: str) -> str: # one line a field

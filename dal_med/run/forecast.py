@@ -11,7 +11,7 @@ import functools, heapq, json, os, sys
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from fastcore.script import call_parse
+from ..data.command import command
 from ..loop.once_a_split import generator_key
 from ..loop.record import read_seconds
 from .config import Config
@@ -190,7 +190,7 @@ def tell_against(f: Forecast, out: str) -> bool: # within 25 %?
     return good
 
 # %% ../../nbs/7_run/forecast.ipynb #80ee93fe
-@call_parse
+@command
 def dal_plan(sweep: str, # YAML file of the sweep
              cores: int = 0, # cores to share out, as in dal_sweep; 0: all
              gpus: int = 0, # accelerators to share out, as in dal_sweep

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 import pandas as pd
 from fastcore.basics import patch
-from fastcore.script import call_parse
+from ..data.command import command
 from .status import STATES, read_log_of_seconds
 from .views import (CSS, anchor, arm_series, class_counts, configuration, failure_block, heading, line_chart, notebook_still, number, phase_times, runs_list,
                                series_table, source_data, span, state_mark, tag, thumbnails, ticker)
@@ -213,9 +213,10 @@ def parts(self: Page) -> dict: # name -> Panel object: head, filters, list, curv
     "The page in five parts."
     pn = need_panel()
     wide = dict(sizing_mode='stretch_width')
-    beside = lambda *x: pn.FlexBox(*x, flex_wrap='nowrap', gap='12px', align_items='flex-start', **wide)
+    grid = {'display': 'grid', 'grid-template-columns': 'repeat(auto-fit, minmax(360px, 1fr))', 'gap': '12px', 'align-items': 'start'} # fewer side by side in a notebook than in a window
+    beside = lambda *x: pn.Row(*x, styles=grid, **wide)
     note = shown_html(tag('p', 'Mean over seeds; the bars are 95 % intervals over seeds (Student\'s t), cut where they leave the chart. The analysis notebooks resample the test lesions too. Click a name in a legend to fade its line.', class_='note'))
-    return dict(head=self.head, filters=pn.Row(*self.filters.values(), self.search, self.order, **wide),
+    return dict(head=self.head, filters=pn.FlexBox(*self.filters.values(), self.search, self.order, **wide),
                 list=pn.Column(self.list, styles={'max-height': '300px', 'overflow': 'auto'}, **wide),
                 curves=pn.Column(beside(*(c.view for c in self.charts.values()), pn.Column(self.third.view, self.over, min_width=300, **wide)), note, **wide),
                 one=pn.Column(pn.Row(self.run, self.status, **wide), beside(pn.Column(self.bought, min_width=300, **wide), pn.Column(self.made, min_width=300, **wide)),
@@ -309,7 +310,7 @@ def start_server(watch: Watch, # polling already
     return server, port
 
 # %% ../../nbs/7_run/monitor.ipynb #94772df7
-@call_parse
+@command
 def dal_monitor(runs: str, # folder of a run, of several, or of a sweep
                 port: int = 5006, # on 127.0.0.1; 0: any that is free
                 no_browser: bool = False, # do not open one

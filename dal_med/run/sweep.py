@@ -10,8 +10,8 @@ __all__ = ['standing', 'stamp', 'finished', 'recheck', 'start_engine', 'engine_p
 import fcntl, json, os, shutil, signal, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
-from fastcore.script import call_parse
 from tqdm import tqdm
+from ..data.command import command
 from ..loop.record import locked
 from .failures import failing_cell, failure, last_line
 from .grid import Sweep, read_sweep
@@ -179,7 +179,7 @@ def on_signal(number, frame) -> None:
     sys.exit(128 + number)
 
 # %% ../../nbs/7_run/sweep.ipynb #e4ec7bf3
-@call_parse
+@command
 def dal_sweep(sweep: str, # YAML file of the sweep
               out: str, # folder for runs, executed notebooks and logs
               cores: int = 0, # cores to share out, a run each where there are enough runs; 0: all. With --profile: runs at a time

@@ -81,6 +81,7 @@ def round_record(folder: Path, # of a run
     "What a round has recorded so far."
     here = folder/'rounds'/f'{round:02d}'
     sold = sum(files.read(here/p/'picks.parquet', lambda f: pq.read_metadata(f).num_rows, 0) for p in ('0_start', '4_query'))
+    sold += files.read(here/'3_predict'/'validation.parquet', lambda f: pq.read_metadata(f).num_rows, 0) # bought for a temperature
     trained = bought + files.read(here/'0_start'/'picks.parquet', lambda f: pq.read_metadata(f).num_rows, 0)
     metrics = files.read(here/'2_evaluate'/'test.parquet', lambda f: measured(f, truth), {}) if truth is not None else {}
     reasons = files.read(here/'6_gate'/'decisions.parquet', judged, {})
