@@ -44,6 +44,8 @@ RUN if [ "$DEVICE" = cpu ] && [ -n "$CPU_INDEX" ]; then export PIP_EXTRA_INDEX_U
     && make setup
 
 COPY --chown=dal:dal . .
+# the lock is as it was, but may carry a later date now: the environment is ready all the same
+RUN touch "$VENV/ready"
 
 EXPOSE 8888
 CMD ["sh", "-c", "exec jupyter lab --no-browser --ip=\"${JUPYTER_IP:-127.0.0.1}\" --port=8888 nbs"]

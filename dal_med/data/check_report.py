@@ -10,10 +10,11 @@ import sys, textwrap
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from fastcore.script import Param, call_parse
+from fastcore.script import Param
 from PIL import Image
 from .atomic import replace_file
 from .check import Report, check_dataset
+from .command import command
 from .datasets import Dataset, open_dataset
 from .images import contact_sheet
 from .taxonomy import listed
@@ -102,7 +103,7 @@ def read_split(file: str | Path, # CSV with the columns image_id and split
     return parts.astype(object).where(parts.notna(), None).to_numpy()
 
 # %% ../../nbs/1_data/check_report.ipynb #6287fc6f
-@call_parse
+@command
 def dal_check(dest: Param('folder of a prepared data set', str),
               other: Param('folder of another one, which should share no image with it', str) = None,
               split: Param('CSV with the columns image_id and split, which should tear no group', str) = None,

@@ -9,7 +9,8 @@ __all__ = ['READERS', 'check_paths', 'prepare', 'summary', 'dal_prepare']
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from fastcore.script import Param, call_parse
+from fastcore.script import Param
+from .command import command
 from .datasets import Dataset
 from .fetch import fetch as fetch_set
 from .phantom import prepare_phantom
@@ -67,7 +68,7 @@ def summary(d: Dataset # just prepared
     return lines
 
 # %% ../../nbs/1_data/prepare.ipynb #3b403997
-@call_parse
+@command
 def dal_prepare(name: Param('data set: ham10000, isic2019, derm7pt, pad_ufes_20, dermamnist, folder or phantom', str), # checked by `prepare`, with a clearer message
                 paths: Param('SOURCE [SOURCE ...] DEST; for the phantom DEST alone; with --fetch the folder to download into, or nothing for sources/NAME', str, nargs='*'),
                 size: int = 64, # side of the square images, pixels

@@ -15,7 +15,7 @@ from .archives import SourceFile
 from .atomic import check_destination, clear_disk_errors, publish_folder
 from .datasets import Dataset, is_prepared, open_dataset, write_tables
 from .near_duplicates import identical_images, join_groups, near_duplicates
-from .pixel_store import keep_rows, store_pixels
+from .pixel_store import PREPARATION, keep_rows, store_pixels
 from .source_set import SourceSet
 from .taxonomy import listed
 
@@ -40,15 +40,15 @@ def work_folder(dest: str | Path, # the folder that shall appear
 # %% ../../nbs/1_data/prepare_set.ipynb #1b05da55
 def joined_groups(table: pd.DataFrame, # n rows: image_id, group
                   thumbnails: np.ndarray, # (n, 24, 24) uint8
-                  frames: np.ndarray # (n,) digest of each decoded frame
+                  digests: np.ndarray # (n,) of what was kept of each frame
                  ) -> tuple[np.ndarray, dict]: # (n,) groups; for the manifest, what was found
     "Join the groups of identical and of nearly identical images."
     ids, groups = table.image_id.to_numpy(str), table.group.to_numpy(str)
-    near, same = near_duplicates(thumbnails), identical_images(frames)
+    near, same = near_duplicates(thumbnails), identical_images(digests)
     across = [[*map(str, ids[p]), *map(str, groups[p])] for p in near if groups[p[0]] != groups[p[1]]]
     return join_groups(groups, np.concatenate([near, same])), dict(
         near_duplicates=dict(found_by='24x24 grey of the centre square, correlation > 0.99', pairs=len(near), across_groups=across),
-        identical=dict(found_by='SHA-256 of the decoded frame', pairs=[list(map(str, ids[p])) for p in same]))
+        identical=dict(found_by="SHA-256 of the frame's size, the square and the thumbnail", pairs=[list(map(str, ids[p])) for p in same]))
 
 # %% ../../nbs/1_data/prepare_set.ipynb #03dc8edc
 def check_unchanged(found: SourceSet, # what the source holds now
@@ -84,7 +84,7 @@ def prepare_set(found: SourceSet, # what a reader of `data.sets` gives
     for name, value, allowed in (('fit', fit, ('crop', 'pad', 'squash')), ('damaged', damaged, ('refuse', 'leave_out'))):
         if value not in allowed: raise ValueError(f'{name} is {value!r}; it must be one of {", ".join(map(repr, allowed))}')
     if size < 1: raise ValueError(f'size is {size}; it must be at least 1 pixel')
-    request = dict(fingerprint=found.fingerprint, size=size, fit=fit, masks=found.masks is not None, damaged=damaged)
+    request = dict(fingerprint=found.fingerprint, size=size, fit=fit, masks=found.masks is not None, damaged=damaged, preparation=PREPARATION)
     if is_prepared(dest, found.name, request):
         check_unchanged(found, there := open_dataset(dest, verify=True))
         return there
