@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from ..data.datasets import Dataset
 from ..learn.classifier import weights_sha256
+from .asking import check_options
 from .oracle import SimulatedOracle
 from .phases import PHASES, Run, new_classifier, start_size, starts_cold
 from .plan import Plan, make_plan
@@ -35,6 +36,7 @@ def check_settings(settings: dict, plan: Plan) -> None:
     "Refuse what could only fail hours later."
     if settings['strategy'] not in {*STRATEGIES, 'oracle_full'}:
         raise ValueError(f'strategy is {settings["strategy"]!r}; known are {", ".join(STRATEGIES)}, and oracle_full for the reference that sees all labels')
+    if settings['strategy'] != 'oracle_full': check_options(settings['strategy'], STRATEGIES[settings['strategy']], settings.get('query', {}))
     start = start_size(settings, plan)
     if starts_cold(settings) and settings['cold_strategy'] not in cold_strategies():
         raise ValueError(f'cold_strategy is {settings["cold_strategy"]!r}; a cold start has embeddings and no predictions, so it can be chosen by {", ".join(cold_strategies())}')

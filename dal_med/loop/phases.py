@@ -29,6 +29,7 @@ from ..learn.laplace import laplace_passes
 from ..learn.prediction import Prediction, predict
 from ..learn.pretrain import embed, load_encoder
 from ..learn.training import make_accelerator, train
+from .asking import told
 from .chance import stream
 from .curriculum import curriculum
 from .once_a_split import encoder, pretrained
@@ -224,7 +225,9 @@ def write_stopping(run: Run, round: int, out: Path,
 def query_phase(run: Run, round: int, out: Path) -> None:
     "Choose the images whose labels this round buys, and buy them."
     pool, labels = np.load(run.phase(round, '3_predict')/'pool.npz'), bought(run, round)
-    found = STRATEGIES[run.settings['strategy']](pool['probs'], pool['embeddings'], np.flatnonzero(labels >= 0), run.settings['budget'], run.rng('query', round))
+    strategy, in_all = STRATEGIES[run.settings['strategy']], start_size(run.settings, run.plan) + run.settings['budget']*(run.settings['rounds'] - 1)
+    found = strategy(pool['probs'], pool['embeddings'], np.flatnonzero(labels >= 0), run.settings['budget'], run.rng('query', round),
+                     **told(strategy, labels, len(run.classes), in_all, run.settings.get('query')))
     write_picks(run, out, found.indices, found.scores)
     write_stopping(run, round, out, pool['probs'], int((labels >= 0).sum()))
 

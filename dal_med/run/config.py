@@ -134,6 +134,7 @@ class Config(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
     split_seed: Annotated[int, Field(ge=0)] = 0
     strategy: str = 'random'
+    query: dict[str, bool | int | float | str | list[float] | None] = {} # options of the strategy: {form: pareto, costs: [5, 1, 1, 1, 1, 1, 1]} for hybrid
     generator: Literal['none', 'pixel_diffusion'] = 'none'
     start_fraction: Fraction = .02
     start_scheme: Literal['stratified', 'random', 'cold'] = 'stratified' # how the labels of the start are drawn; 'cold': by `cold_strategy` on embeddings learnt without labels
@@ -160,7 +161,7 @@ class Config(Strict):
         "What makes the run what it is: everything but where it lies, and what watches it."
         place = {'dataset', 'folder', 'cache', 'phantom', 'tracker', 'tracker_folder'}
         later = {'stratified': {'start_scheme', 'cold_strategy', 'encoder'}, 'random': {'cold_strategy', 'encoder'}, 'cold': set()}
-        found = self.model_dump(mode='json', exclude=place | later[self.start_scheme])
+        found = self.model_dump(mode='json', exclude=place | later[self.start_scheme] | ({'query'} if not self.query else set()))
         p = found['prediction']
         if (p['uncertainty'], p['temperature']) == ('dropout', 'none'): found['prediction'] = {k: p[k] for k in ('passes', 'views')}
         return found
