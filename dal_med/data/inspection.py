@@ -42,7 +42,7 @@ class Inspection:
     @cached_property
     def contrast(self) -> np.ndarray: return self.dataset.thumbnails.reshape(len(self.dataset), -1).std(1) # (n,) grey levels
     @cached_property
-    def identical(self) -> np.ndarray: # (m, 2) row pairs; by the decoded frame where its digest is known, else by the prepared image
+    def identical(self) -> np.ndarray: # (m, 2) row pairs; by the digest that preparation left (frame size, prepared pixels, thumbnail) where there is one, else by the prepared image
         d = self.dataset
         return identical_images(d.metadata.pixels if 'pixels' in d.metadata else [hashlib.sha256(i.tobytes()).hexdigest() for i in d.images])
     @cached_property

@@ -34,7 +34,7 @@ def overlap(a: Dataset, # one prepared data set
             threshold: float = .99, # correlation above which two images are near-duplicates
             symmetries: bool = False # also find mirrored and turned copies
            ) -> pd.DataFrame: # a row a pair: row and image_id in a, other_row and other_id in b, by (what they share), correlation; in order
-    "Pairs of images that two data sets share: by the archive's name, the file's bytes, the frame's pixels, or nearly."
+    "Pairs of images that two data sets share: by the archive's name, the file's bytes, the frame as prepared (equal only where both were prepared alike), or nearly."
     def column(d, name): return d.metadata[name] if name in d.metadata else [None]*len(d)
     pairs = dict(image_id=equal_pairs(archive_ids(a.image_ids), archive_ids(b.image_ids)), file=equal_pairs(column(a, 'sha256'), column(b, 'sha256')),
                  frame=equal_pairs(column(a, 'pixels'), column(b, 'pixels')), near_duplicate=cross_duplicates(a.thumbnails, b.thumbnails, threshold, symmetries=symmetries))
