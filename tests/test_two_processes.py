@@ -7,6 +7,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 HERE, STEPS = Path(__file__).resolve(), 6
+TRAININGS = {'test_vit': ('test_vit', {}), 'test_resnet': ('test_resnet', {}), 'test_resnet_average': ('test_resnet', dict(ema=.5)),
+             'test_vit_average_mixed': ('test_vit', dict(ema=.5, augmentation='randaugment', mixing='cutmix'))}
 LAUNCHED = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'
 
 
@@ -19,9 +21,9 @@ def work(out: Path):
     from dal_med.run.execute import execute
     torch.set_num_threads(1)
     p = phantom(64, size=32, rng=0)
-    for name in ('test_vit', 'test_resnet'):
-        model = create_classifier(name, 7, 32, dropout=0., rng=0)
-        told = train(model, p.images, np.asarray(p.labels), steps=STEPS, batch_size=16, lr=1e-3, rng=1)
+    for name, (backbone, options) in TRAININGS.items():
+        model = create_classifier(backbone, 7, 32, dropout=0., rng=0)
+        told = train(model, p.images, np.asarray(p.labels), steps=STEPS, batch_size=16, lr=1e-3, rng=1, **options)
         assert not model.training
         weights = {k: v.cpu().contiguous().numpy() for k, v in model.state_dict().items()}
         save_file({**weights, 'loss': told['loss']}, out/f'{name}-{os.environ.get("RANK", "alone")}.safetensors')
@@ -51,16 +53,17 @@ def trained(tmp_path_factory) -> dict:
     return {p.stem: load_file(p) for p in out.glob('*.safetensors')} | dict(refused=[p.read_text() for p in sorted(out.glob('refused-*.txt'))])
 
 
-@pytest.mark.parametrize('name', ['test_vit', 'test_resnet'])
+@pytest.mark.parametrize('name', TRAININGS)
 def test_both_processes_hold_the_same_classifier(trained, name):
     first, second = trained[f'{name}-0'], trained[f'{name}-1']
     assert first.keys() == second.keys() and len(first) > 10
     for k in first: np.testing.assert_array_equal(first[k], second[k], k)
 
 
-def test_two_processes_train_what_one_trains(trained):
+@pytest.mark.parametrize('name', [k for k, (backbone, _) in TRAININGS.items() if backbone == 'test_vit'])
+def test_two_processes_train_what_one_trains(trained, name):
     "Weights move by up to a rate of 1e-3 a step, so 1e-4 is a tenth of one step; batch normalisation would differ, its statistics being each process's own."
-    alone, shared = trained['test_vit-alone'], trained['test_vit-0']
+    alone, shared = trained[f'{name}-alone'], trained[f'{name}-0']
     np.testing.assert_allclose(shared['loss'], alone['loss'], atol=1e-5)
     for k in alone: np.testing.assert_allclose(shared[k], alone[k], atol=1e-4, err_msg=k)
     assert shared['loss'].shape == (STEPS,) and np.ptp(shared['loss']) > .1

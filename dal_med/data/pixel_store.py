@@ -11,10 +11,9 @@ import hashlib, io, os, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 from .archives import SourceFile
-from .images import centre_square, decode_frame, fit_square, true_size
+from .images import centre_square, decode_frame, fit_square, square_image, true_size
 from .near_duplicates import thumbnail
 from .source_set import SourceSet
 
@@ -78,8 +77,8 @@ def decode_row(image: SourceFile, # the encoded image
         if mw*h != mh*w: raise ValueError(f'mask of {image} is {mw}x{mh} and its image {w}x{h}: they do not cover each other; replace the mask')
         k = mw/true_size(img.size, (w, h))[0]
         inside = fit_square(m.convert('L'), size, fit, nearest=True, box=tuple(k*b for b in box)) > 127
-    pixels = fit_square(img, size, fit, frame=(w, h), box=box)
-    small = thumbnail(Image.fromarray(pixels) if fit == 'crop' and size == enough(size) else img)
+    square = square_image(img, size, fit, frame=(w, h), box=box)
+    pixels, small = np.asarray(square), thumbnail(square if fit == 'crop' and size == enough(size) else img)
     return pixels, inside, small, (hashlib.sha256(content).hexdigest(), digest((w, h), pixels, small), w, h)
 
 # %% ../../nbs/1_data/pixel_store.ipynb #e3413839

@@ -59,20 +59,24 @@ def flow_loss(
 @torch.no_grad()
 def integrate(
     velocity: Callable, # (x, t (float)) -> velocity, like x
-    noise: torch.Tensor, # where the walk begins, t = 1
+    noise: torch.Tensor, # where the walk begins: noise, or an image mixed with as much noise as `start` says
     steps: int = 12, # evaluations of `velocity`
     shift: float = 8., # 1: equal steps of t; more: more of them where noise is the larger part
     solver: str = 'unipc', # 'unipc' (second order) or 'euler'
+    start: float = 1., # share of noise in `noise`, in (0, 1]: all steps lie below it
 ) -> torch.Tensor: # like `noise`, at t = 0
     "Walk from noise to images with diffusers' Euler scheduler (Esser et al. 2024) or UniPC (Zhao et al. 2023, arXiv:2302.04867)."
     if steps < 1: raise ValueError(f'steps is {steps}; at least one step is needed to come from noise to an image')
     if solver not in ('unipc', 'euler'): raise ValueError(f"solver is {solver!r}; expected 'unipc' or 'euler'")
+    if not 0 < start <= 1: raise ValueError(f'start is {start}; expected a share of noise above 0 and at most 1')
+    first = start/(shift - (shift - 1)*start) # what the shift takes to `start`
     if solver == 'euler':
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1/steps, steps).tolist())
+        scheduler.set_timesteps(sigmas=(np.linspace(1, 1/steps, steps)*first).tolist())
     else:
         scheduler = UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=shift)
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, sigmas=None if start == 1 else np.linspace(1, 1/scheduler.config.num_train_timesteps, steps + 1)[:-1]*first)
+        if start < 1: scheduler.set_begin_index(0)
     x = noise
     for when, t in zip(scheduler.timesteps, scheduler.sigmas): x = scheduler.step(velocity(x, t.item()), when, x, return_dict=False)[0]
     return x

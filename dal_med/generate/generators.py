@@ -10,7 +10,7 @@ import importlib
 from difflib import get_close_matches
 
 # %% ../../nbs/4_generate/generators.ipynb #d382cfef
-GENERATORS = dict(pixel_diffusion='pixel_diffusion.PixelDiffusion') # name -> module.Class of this room
+GENERATORS = dict(pixel_diffusion='pixel_diffusion.PixelDiffusion', stylegan2_ada='stylegan.generator.StyleGAN') # name -> module.Class of this room
 
 # %% ../../nbs/4_generate/generators.ipynb #65071572
 def get_generator(
@@ -20,5 +20,5 @@ def get_generator(
     if name not in GENERATORS:
         near = get_close_matches(str(name), GENERATORS, n=1)
         raise ValueError(f"unknown generator {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; there are: {', '.join(GENERATORS)}")
-    module, cls = GENERATORS[name].split('.')
+    module, cls = GENERATORS[name].rsplit('.', 1)
     return getattr(importlib.import_module(f'dal_med.generate.{module}'), cls)

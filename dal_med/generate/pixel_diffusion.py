@@ -155,6 +155,37 @@ def fit(self: PixelDiffusion,
     self.network, self.seen = state.average.to('cpu'), sorted(set(self.seen) | set(labels[labels >= 0].tolist()))
     return dict(loss=np.array(state.losses))
 
+# %% ../../nbs/4_generate/pixel_diffusion.ipynb #30236a3d
+@patch
+def pixels(self: PixelDiffusion,
+    x: torch.Tensor, # float (n, 3*factor², size/factor, size/factor): what the network predicts
+) -> torch.Tensor: # float (n, 3, size, size) in 0..1
+    "Images as a classifier takes them; gradients go through, and end where a channel is full or empty."
+    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+    return (torch.nn.functional.pixel_shuffle(x, self.factor)*std + mean).clamp(0, 1)
+
+# %% ../../nbs/4_generate/pixel_diffusion.ipynb #fa9be5de
+@patch
+def walk(self: PixelDiffusion,
+    x: torch.Tensor, # where it begins, in the network's space and on its device
+    told: torch.Tensor, # (n,) classes, `classes` = null
+    guidance: float, # as in `sample`
+    steer: Callable | None = None, # (clean, pixels, x, t, labels) -> the clean image to walk towards, as the network has it
+    **options, # of `integrate`
+) -> torch.Tensor: # like x, clean
+    "From noise to images."
+    null = torch.full_like(told, self.classes)
+    asked = torch.cat([told] if guidance == 1 else [told, null])
+    def said(x, t):
+        output = self.network(x.repeat(len(asked)//len(x), 1, 1, 1).contiguous(memory_format=torch.channels_last), t*1000, asked).sample
+        return output if guidance == 1 else guide(*output.chunk(2), guidance)
+    def velocity(x, t): return to_velocity(said(x, t), x, torch.full((len(x),), t, device=x.device), self.target)
+    def steered(x, t):
+        def clean(x): return said(x, t) if self.target == 'image' else x - t*said(x, t)
+        towards = steer(clean, self.pixels, x, t, torch.where(told == self.classes, -1, told))
+        return to_velocity(towards, x, torch.full((len(x),), t, device=x.device))
+    return integrate(velocity if steer is None else steered, x, **options)
+
 # %% ../../nbs/4_generate/pixel_diffusion.ipynb #c3c6f0b4
 @patch
 @torch.no_grad()
@@ -165,6 +196,9 @@ def sample(self: PixelDiffusion,
     rng: int | np.random.Generator = 0,
     batch_size: int = 64,
     shift: float = 8., solver: str = 'unipc', # as in `integrate`
+    steer: Callable | None = None, # changes what each step walks towards, see `walk`
+    start: np.ndarray | None = None, # uint8 (n, size, size, 3): images to start from instead of noise alone
+    strength: float = 1., # share of noise that they are mixed with, in (0, 1]; at 1 nothing is left of them
 ) -> np.ndarray: # uint8 (n, size, size, 3)
     "Draw images of classes; conditional and unconditional predictions go through the network together."
     if self.mean is None: raise ValueError('this model has learned nothing yet; call fit first')
@@ -173,14 +207,13 @@ def sample(self: PixelDiffusion,
     if len(wrong): raise ValueError(f'no label of class {wrong.tolist()} was in any fit; classes that can be drawn are {self.seen}, and -1 for any image of the pool')
     told = torch.from_numpy(np.where(labels < 0, self.classes, labels))
     noise = torch.randn(len(labels), 3*self.factor**2, *[self.size//self.factor]*2, generator=torch.Generator().manual_seed(seed))
+    if start is not None:
+        check_images(start, labels, self.classes, self.size)
+        noise = mix(encode(start, self.mean, self.std, self.factor), noise, torch.full((len(labels),), strength))
     device, out = make_accelerator().device, []
-    net = self.network.to(device)
+    self.network.to(device)
     for part, of in zip(noise.split(batch_size), told.split(batch_size)):
-        asked = torch.cat([of] if guidance == 1 else [of, torch.full_like(of, self.classes)]).to(device)
-        def velocity(x, t):
-            output = net(x.repeat(len(asked)//len(x), 1, 1, 1).contiguous(memory_format=torch.channels_last), t*1000, asked).sample
-            return to_velocity(output if guidance == 1 else guide(*output.chunk(2), guidance), x, torch.full((len(x),), t, device=x.device), self.target)
-        if len(of): out.append(decode(integrate(velocity, part.to(device), steps, shift, solver), self.mean, self.std, self.factor))
+        if len(of): out.append(decode(self.walk(part.to(device), of.to(device), guidance, steer, steps=steps, shift=shift, solver=solver, start=1. if start is None else strength), self.mean, self.std, self.factor))
     self.network.to('cpu')
     return np.concatenate(out) if out else np.zeros((0, self.size, self.size, 3), np.uint8)
 

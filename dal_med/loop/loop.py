@@ -14,7 +14,7 @@ from ..data.datasets import Dataset
 from ..learn.classifier import weights_sha256
 from .asking import check_options
 from .oracle import SimulatedOracle
-from .phases import PHASES, Run, new_classifier, start_size, starts_cold
+from .phases import PHASES, Run, check_sampling, counts_validation, new_classifier, start_size, starts_cold
 from .plan import Plan, make_plan
 from .record import check_phase, claim, heavy, locked, sweep_partials, timed, write_phase
 from ..query.cold_start import cold_strategies
@@ -37,6 +37,7 @@ def check_settings(settings: dict, plan: Plan) -> None:
     if settings['strategy'] not in {*STRATEGIES, 'oracle_full'}:
         raise ValueError(f'strategy is {settings["strategy"]!r}; known are {", ".join(STRATEGIES)}, and oracle_full for the reference that sees all labels')
     if settings['strategy'] != 'oracle_full': check_options(settings['strategy'], STRATEGIES[settings['strategy']], settings.get('query', {}))
+    check_sampling(settings)
     start = start_size(settings, plan)
     if starts_cold(settings) and settings['cold_strategy'] not in cold_strategies():
         raise ValueError(f'cold_strategy is {settings["cold_strategy"]!r}; a cold start has embeddings and no predictions, so it can be chosen by {", ".join(cold_strategies())}')
@@ -54,7 +55,7 @@ def open_run(dataset: Dataset, folder: Path, cache: Path, settings: dict, plan: 
     plan = plan or make_plan(dataset.labels, dataset.groups, seed=settings['seed'], split_seed=settings['split_seed'], start_fraction=1. if full else settings['start_fraction'],
                              start_scheme='stratified' if full else settings.get('start_scheme', 'stratified'))
     check_settings(settings, plan)
-    counted = settings['prediction'].get('temperature', 'none') == 'validation' and settings['rounds'] > 1
+    counted = counts_validation(settings)
     run = Run(folder, cache, settings, dataset.images, dataset.metadata.image_id.to_numpy(str), np.asarray(dataset.groups), tuple(dataset.classes), plan,
               SimulatedOracle(dataset.labels[plan.pool]), progress, SimulatedOracle(dataset.labels[plan.validation]) if counted else None)
     claim(folder, dict(settings=settings, dataset=dict(name=dataset.name, sha256=dataset.sha256), classes=run.classes, plan=plan.sha256,

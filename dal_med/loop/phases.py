@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNCERTAINTY', 'PHASES', 'Run', 'bought', 'write_picks', 'starts_cold', 'start_size', 'start_phase', 'new_classifier',
-           'admitted', 'training_set', 'train_phase', 'trained', 'evaluate_phase', 'by_dropout', 'by_laplace',
-           'by_members', 'validation_labels', 'tempered', 'predict_phase', 'write_stopping', 'query_phase',
-           'generate_phase', 'gate_phase']
+           'admitted', 'judged', 'training_set', 'ratio_on_validation', 'train_phase', 'trained', 'evaluate_phase',
+           'by_dropout', 'by_laplace', 'by_members', 'counts_validation', 'validation_labels', 'tempered',
+           'predict_phase', 'write_stopping', 'query_phase', 'ratio_of', 'recall_and_rejections', 'allocation_of',
+           'how_drawn', 'check_sampling', 'generate_phase', 'without_surplus', 'gate_phase']
 
 # %% ../../nbs/6_loop/phases.ipynb #cb4889ea
-import json
+import inspect, json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 from ..data.atomic import write_json, write_parquet
-from ..generate.allocate import allocate
+from ..generate.allocate import RATIOS, allocate, allocate_adaptive, bounded
 from ..generate.copies import copy_threshold, signatures
-from ..generate.gate import gate
+from ..generate.gate import further_checks, gate
 from ..generate.generators import get_generator
+from ..generate.guidance import steering
+from ..generate.image_to_image import sources
+from ..generate.keep_uncertain import keep_uncertain, oversampled, uncertainty
 from ..learn.calibration import fit_temperature, temper
 from ..learn.classifier import create_classifier, load_classifier, save_classifier
 from ..learn.ensembles import deep_ensemble, predict_members, snapshot_ensemble
@@ -31,7 +35,7 @@ from ..learn.pretrain import embed, load_encoder
 from ..learn.training import make_accelerator, train
 from .asking import told
 from .chance import stream
-from .curriculum import curriculum
+from .curriculum import balanced_score, choose_ratio, curriculum, image_weights, within_ratio
 from .once_a_split import encoder, pretrained
 from .oracle import SimulatedOracle
 from .plan import Plan
@@ -116,19 +120,51 @@ def admitted(run: Run,
     keep = decisions.admitted.to_numpy()
     return np.load(folder/'images.npy')[keep], np.array([run.classes.index(c) for c in decisions.label[keep]], np.int64)
 
+# %% ../../nbs/6_loop/phases.ipynb #fe651729
+def judged(run: Run,
+           round: int # the round that made them; -1 has none
+          ) -> np.ndarray: # (m,) in 0..1, of the `admitted` images
+    "The probability that the judge gave to the class that each image was made for."
+    path = run.phase(round, '6_gate')/'decisions.parquet'
+    table = pd.read_parquet(path) if round >= 0 and path.exists() else pd.DataFrame(dict(admitted=np.zeros(0, bool)))
+    return table.judge_probability[table.admitted].to_numpy() if 'judge_probability' in table else np.zeros(0)
+
 # %% ../../nbs/6_loop/phases.ipynb #e7289ab3
-def training_set(run: Run, round: int): # images (n, h, w, 3), labels (n,), weights (n,), how many of them are real: those come first
+def training_set(run: Run, round: int,
+                 ratio: float | None = None # synthetic images for each real one; None: all, or what this round has chosen
+                ): # images (n, h, w, 3), labels (n,), weights (n,), how many of them are real: those come first
     "What a round trains on: bought labels and admitted synthetic images."
     labels = bought(run, round)
     rows = np.flatnonzero(labels >= 0)
     made, made_labels = admitted(run, round - 1)
-    weights = np.r_[np.ones(len(rows)), np.full(len(made), run.settings['curriculum']['weight'])]
+    weights = image_weights(run.settings['curriculum']['weight'], len(made), judged(run, round - 1) if run.settings['curriculum'].get('weigh') == 'judge' else None)
+    chosen = run.phase(round, '1_train')/'ratios.json'
+    if ratio is None and chosen.exists(): ratio = json.loads(chosen.read_text())['chosen']
+    if ratio is not None:
+        few = within_ratio(made_labels, np.bincount(labels[rows], minlength=len(run.classes)), ratio)
+        made, made_labels, weights = made[few], made_labels[few], weights[few]
+    weights = np.r_[np.ones(len(rows)), weights]
     return np.concatenate([run.images[run.plan.pool[rows]], made]), np.r_[labels[rows], made_labels], weights, len(rows)
+
+# %% ../../nbs/6_loop/phases.ipynb #5527fdd7
+def ratio_on_validation(run: Run, round: int, out: Path) -> float: # synthetic images for each real one
+    "Train at each ratio up to the round's own, and none; take the smallest that is about as good as the best on the validation labels."
+    full, rows, scores = ratio_of(run, round), run.plan.validation, {}
+    truth, candidates = validation_labels(run, round, out), sorted({0., *(r for r in RATIOS if r < full), full})
+    for k, ratio in enumerate(candidates):
+        images, labels, weights, _ = training_set(run, round, ratio)
+        model = new_classifier(run)
+        history = train(model, images, labels, weights=weights, rng=run.rng('train', round), progress=run.steps(round, 'train', 1/len(candidates), k/len(candidates)), **run.settings['training'])
+        probs = predict(model, run.images[rows], views=run.settings['prediction']['views'], rng=run.rng('evaluate', 'validation', round)).probs
+        scores[ratio] = balanced_score(truth, adjust(probs, history['prior']))
+    write_json(out/'ratios.json', dict(chosen=choose_ratio(scores), fixed=full, balanced_accuracy={str(r): [float(f'{v:.6g}') for v in s] for r, s in scores.items()}))
+    return choose_ratio(scores)
 
 # %% ../../nbs/6_loop/phases.ipynb #7fd3c2ef
 def train_phase(run: Run, round: int, out: Path) -> None:
     "Train the classifier on bought labels and admitted synthetic images."
-    images, labels, weights, real = training_set(run, round)
+    ratio = ratio_on_validation(run, round, out) if run.settings['curriculum'].get('choose') == 'validation' and len(admitted(run, round - 1)[0]) else None
+    images, labels, weights, real = training_set(run, round, ratio)
     model = new_classifier(run)
     history = train(model, images, labels, weights=weights, rng=run.rng('train', round), progress=run.steps(round, 'train'), **run.settings['training'])
     save_classifier(model, out/'classifier.safetensors')
@@ -179,6 +215,12 @@ def by_members(run: Run, round: int, images: np.ndarray) -> Prediction:
 
 UNCERTAINTY = dict(dropout=by_dropout, laplace=by_laplace, ensemble=by_members, snapshot=by_members)
 
+# %% ../../nbs/6_loop/phases.ipynb #c5b4a344
+def counts_validation(settings: dict) -> bool: # whether the validation labels are bought, and so are part of the budget
+    "A temperature, an allocation by recall and a ratio chosen on validation look at them."
+    looks = settings['allocation'].get('adaptive') or settings['curriculum'].get('choose') == 'validation'
+    return settings['rounds'] > 1 and (settings['prediction'].get('temperature', 'none') == 'validation' or settings['generator'] != 'none' and bool(looks))
+
 # %% ../../nbs/6_loop/phases.ipynb #dba16255
 def validation_labels(run: Run, round: int, out: Path) -> np.ndarray: # (n_validation,) class indices
     "The validation labels: bought in round 0, read from its record later."
@@ -205,6 +247,7 @@ def predict_phase(run: Run, round: int, out: Path) -> None:
     rows = np.r_[run.plan.pool, run.plan.validation] if warm else run.plan.pool
     probs, embeddings = UNCERTAINTY[options.get('uncertainty', 'dropout')](run, round, run.images[rows])
     if warm: probs, embeddings = tempered(run, round, out, probs[..., :n, :], probs[..., n:, :]), embeddings[:n]
+    elif round == 0 and counts_validation(run.settings): validation_labels(run, round, out)
     np.savez(out/'pool.npz', probs=probs, embeddings=embeddings)
 
 # %% ../../nbs/6_loop/phases.ipynb #b7d2e4f1
@@ -231,23 +274,88 @@ def query_phase(run: Run, round: int, out: Path) -> None:
     write_picks(run, out, found.indices, found.scores)
     write_stopping(run, round, out, pool['probs'], int((labels >= 0).sum()))
 
+# %% ../../nbs/6_loop/phases.ipynb #19df44af
+def ratio_of(run: Run, round: int) -> float: # synthetic images for each real one
+    "The curriculum's ratio for the training of a round."
+    return curriculum(round, **{k: v for k, v in run.settings['curriculum'].items() if k not in ('weight', 'weigh', 'choose')})
+
+def recall_and_rejections(run: Run, round: int) -> tuple[np.ndarray, np.ndarray]: # (c,) each, nan where nothing is known
+    "What the round's classifier finds of each class among the validation images, and the share of each class's images that earlier gates turned away."
+    c, truth = len(run.classes), validation_labels(run, max(round, 1), None)
+    table = pd.read_parquet(run.phase(round, '2_evaluate')/'validation.parquet')
+    right = table[[f'p_{k}' for k in run.classes]].to_numpy().argmax(1) == truth
+    past = [pd.read_parquet(run.phase(r, '6_gate')/'decisions.parquet') for r in range(round)]
+    made = pd.concat([p[['label', 'reason']] for p in past]) if past else pd.DataFrame(dict(label=[], reason=[]))
+    come, through = (np.array([(part.label == k).sum() for k in run.classes]) for part in (made, made[made.reason.isin(['admitted', 'surplus'])]))
+    share = lambda part, whole: np.divide(part, whole, out=np.full(c, np.nan), where=whole > 0)
+    return share(np.bincount(truth[right], minlength=c), np.bincount(truth, minlength=c)), share(come - through, come)
+
+def allocation_of(run: Run, round: int,
+                  counts: np.ndarray # (c,) bought labels
+                 ) -> tuple[np.ndarray, np.ndarray]: # (c,) int each: images wanted, and images to draw
+    "What the configuration asks for, within its bound."
+    options, ratio = run.settings['allocation'], ratio_of(run, round + 1)
+    target = counts.max() if options['target'] == 'largest' else None
+    wanted = drawn = allocate(counts, ratio, target)
+    if options.get('adaptive') and ratio: wanted, drawn = allocate_adaptive(counts, ratio, target, *recall_and_rejections(run, round), options.get('overdraw', 4.))
+    drawn = np.bincount(oversampled(np.repeat(np.arange(len(counts)), drawn), run.settings['sampling'].get('oversample', 1)), minlength=len(counts))
+    drawn = bounded(drawn, options.get('most'))
+    return np.minimum(wanted, drawn), drawn
+
+# %% ../../nbs/6_loop/phases.ipynb #60ef998f
+def how_drawn(run: Run, round: int,
+              labels: np.ndarray, # (n_pool,) bought, -1 where not
+              wanted: np.ndarray # (m,) classes of the images to draw
+             ) -> tuple[dict, dict]: # arguments of `sample`, and columns of the record
+    "With the round's classifier at the wheel, or from the pool images that it is least sure of, where the configuration says so."
+    options, more = dict(run.settings['sampling']), {}
+    steer, strength = (options.pop(k, None) for k in ('steer', 'image_to_image'))
+    options.pop('oversample', None)
+    if steer and steer['objective'] != 'none': options['steer'] = steering(trained(run, round), **steer)
+    if strength is not None:
+        rows = sources(np.load(run.phase(round, '3_predict')/'pool.npz')['probs'], labels, wanted)
+        options, more = options | dict(start=run.images[run.plan.pool[rows]], strength=strength), dict(source=run.ids[run.plan.pool[rows]])
+    return options, more
+
+def check_sampling(settings: dict) -> None:
+    "Refuse what the generator cannot do, before anything is run."
+    if settings.get('generator', 'none') == 'none': return
+    asked = dict(steer=settings['sampling'].get('steer', {}).get('objective', 'none') != 'none', start=settings['sampling'].get('image_to_image') is not None)
+    there = inspect.signature(get_generator(settings['generator']).sample).parameters
+    lacks = [dict(steer='sampling.steer', start='sampling.image_to_image')[k] for k, wish in asked.items() if wish and k not in there]
+    if lacks: raise ValueError(f'{" and ".join(lacks)}: the generator {settings["generator"]} cannot be steered or started in this way; leave it out, or take pixel_diffusion')
+
 # %% ../../nbs/6_loop/phases.ipynb #2cd0f7cb
 def generate_phase(run: Run, round: int, out: Path) -> None:
     "Fit the generator to pool images and bought labels, and make what the allocation asks for."
     labels = bought(run, round + 1)
     counts = np.bincount(labels[labels >= 0], minlength=len(run.classes))
-    ratio = curriculum(round + 1, **{k: v for k, v in run.settings['curriculum'].items() if k != 'weight'})
-    target = counts.max() if run.settings['allocation']['target'] == 'largest' else None
-    wanted = np.repeat(np.arange(len(run.classes)), allocate(counts, ratio, target))
-    made = run.images[:0]
+    aim, drawn = allocation_of(run, round, counts)
+    wanted, made, more = np.repeat(np.arange(len(run.classes)), drawn), run.images[:0], {}
     if len(wanted):
         earlier = run.phase(round - 1, '5_generate')/'generator'
         generator = get_generator(run.settings['generator']).load(earlier if earlier.exists() else pretrained(run.images[run.plan.pool], len(run.classes), run.settings, run.cache, run.steps(-1, 'pretrain')))
         generator.fit(run.images[run.plan.pool], labels, rng=run.rng('generator', round), progress=run.steps(round, 'generate', .8), **run.settings['finetuning'])
         generator.save(out/'generator')
-        made = generator.sample(wanted, rng=run.rng('sample', round), **run.settings['sampling'])
+        options, more = how_drawn(run, round, labels, wanted)
+        made = generator.sample(wanted, rng=run.rng('sample', round), **options)
     np.save(out/'images.npy', made)
-    write_parquet(out/'synthetic.parquet', pd.DataFrame(dict(label=[run.classes[i] for i in wanted])))
+    if (aim != drawn).any(): write_json(out/'wanted.json', aim.tolist())
+    write_parquet(out/'synthetic.parquet', pd.DataFrame(dict(label=[run.classes[i] for i in wanted], **more)))
+
+# %% ../../nbs/6_loop/phases.ipynb #4cba7cab
+def without_surplus(run: Run, round: int,
+                    table: pd.DataFrame, # of verdicts, a row for each image
+                    made: np.ndarray, # (n, h, w, 3)
+                    intended: np.ndarray # (n,) classes
+                   ) -> pd.DataFrame: # with the surplus turned away
+    "Keep of each class's admitted images as many as were wanted."
+    path = run.phase(round, '5_generate')/'wanted.json'
+    if not path.exists(): return table
+    chosen, unsure = run.settings['sampling'].get('oversample', 1) > 1, np.zeros(len(made))
+    if chosen: table['learner_entropy'] = unsure = uncertainty(predict(trained(run, round), made).probs)
+    keep = keep_uncertain(intended, table.admitted, unsure, json.loads(path.read_text()))
+    return table.assign(admitted=keep, reason=np.where(table.admitted & ~keep, 'surplus', table.reason))
 
 # %% ../../nbs/6_loop/phases.ipynb #e2d8cc3a
 def gate_phase(run: Run, round: int, out: Path) -> None:
@@ -263,8 +371,10 @@ def gate_phase(run: Run, round: int, out: Path) -> None:
         seen, known = predict(judge, made), predict(judge, real)
         pool = run.images[run.plan.pool]
         decision = gate(made, intended, adjust(seen.probs, history['prior']), seen.embeddings, known.embeddings, labels[rows], signatures(made), signatures(pool),
-                        copy_threshold(pool, run.groups[run.plan.pool]), **run.settings['gate'])
-        table = pd.concat([table[['label']], decision], axis=1)
+                        copy_threshold(pool, run.groups[run.plan.pool]), **run.settings['gate'],
+                        **further_checks(made, pool, run.groups[run.plan.pool], **(run.settings.get('checks') or {}), features=seen.embeddings,
+                                         embed=lambda: predict(judge, pool).embeddings, rng=run.rng('checks', round)))
+        table = without_surplus(run, round, pd.concat([table[['label']], decision], axis=1), made, intended)
     write_parquet(out/'decisions.parquet', table)
 
 # %% ../../nbs/6_loop/phases.ipynb #e837ab12

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Query', 'STRATEGIES', 'get_strategy', 'stochastic', 'random', 'least_confidence', 'entropy', 'margin', 'bald',
            'mean_std', 'batchbald', 'coreset', 'kmeans_plus_plus', 'kmeans', 'typiclust', 'probcover', 'rep_div',
-           'badge', 'clustered_margin', 'dropquery', 'hybrid']
+           'badge', 'clustered_margin', 'dropquery', 'hybrid', 'asal']
 
 # %% ../../nbs/3_query/interface.ipynb #ee46c7e2
 from .contract import Query
 from .strategies import STRATEGIES, get_strategy
 from .stochastic_batches import stochastic
+from .asal import asal
 from .badge import badge, kmeans_plus_plus
 from .batchbald import batchbald
 from .clustered_margin import clustered_margin
@@ -26,4 +27,4 @@ from .typiclust import typiclust
 
 # %% ../../nbs/3_query/interface.ipynb #9fe6eba8
 _all_ = ['Query', 'STRATEGIES', 'get_strategy', 'stochastic', 'random', 'least_confidence', 'entropy', 'margin', 'bald', 'mean_std', 'batchbald', 'coreset', 'kmeans_plus_plus', 'kmeans',
-         'typiclust', 'probcover', 'rep_div', 'badge', 'clustered_margin', 'dropquery', 'hybrid'] # what `from dal_med.query import *` brings
+         'typiclust', 'probcover', 'rep_div', 'badge', 'clustered_margin', 'dropquery', 'hybrid', 'asal'] # what `from dal_med.query import *` brings

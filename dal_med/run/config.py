@@ -4,20 +4,28 @@
 
 # %% auto #0
 __all__ = ['Count', 'Fraction', 'Share', 'Strict', 'Classifier', 'Training', 'Prediction', 'Judge', 'Curriculum', 'Diffusion',
-           'Fit', 'Sampling', 'Gate', 'Allocation', 'Views', 'Encoder', 'Phantom', 'Config', 'explain', 'make_config',
-           'check_plain', 'read_yaml', 'notebook_config']
+           'Fit', 'Steer', 'Sampling', 'Gate', 'Checks', 'Allocation', 'Views', 'Encoder', 'Phantom', 'Config',
+           'explain', 'make_config', 'check_plain', 'read_yaml', 'notebook_config']
 
 # %% ../../nbs/7_run/config.ipynb #17738c07
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../../nbs/7_run/config.ipynb #6f95d57d
 class Strict(BaseModel):
     "A section that refuses what it does not know and changes no type silently."
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=())
+    later: ClassVar[set] = set() # fields that the first records lack
+
+    def told(self) -> dict:
+        "The values, without later ones that stand at their default: a run keeps its identity when there is more to choose from."
+        fields = type(self).model_fields
+        there = [k for k in fields if k not in self.later or getattr(self, k) != fields[k].default]
+        plain = self.model_dump(mode='json', include=set(there))
+        return {k: getattr(self, k).told() if isinstance(getattr(self, k), Strict) else plain[k] for k in there}
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -33,13 +41,24 @@ class Classifier(Strict):
 # %% ../../nbs/7_run/config.ipynb #6a3e80e4
 class Training(Strict):
     "Arguments of `dal_med.learn.training.train`."
+    later: ClassVar[set] = {'augmentation', 'mixing', 'ema', 'optimiser'}
     steps: Count = 300
     batch_size: Count = 64
     lr: Annotated[float, Field(gt=0)] = 3e-3
     sampling: Literal['sqrt', 'balanced', 'none'] = 'sqrt'
     loss: Literal['plain', 'weighted', 'logit_adjusted'] = 'plain'
+    optimiser: str = 'adamw' # or one of timm's, such as 'muon', which wants a rate about ten times as high
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = .05
+    augmentation: Literal['none', 'flips', 'standard', 'traditional', 'randaugment', 'trivialaugment', 'mixup', 'cutmix'] = 'standard' # see `dal_med.learn.policies`
+    mixing: Literal['none', 'mixup', 'cutmix'] = 'none' # on top of another augmentation
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0. # decay of the average of the weights; 0: none
     mixed_precision: Literal['no', 'fp16', 'bf16'] = 'no'
+
+    @model_validator(mode='after')
+    def mixed_one_way(self):
+        if self.augmentation in ('mixup', 'cutmix') and self.mixing not in ('none', self.augmentation):
+            raise ValueError(f'augmentation {self.augmentation!r} and mixing {self.mixing!r} are two ways to mix images; choose one')
+        return self
 
 # %% ../../nbs/7_run/config.ipynb #a0c2ad34
 class Prediction(Strict):
@@ -59,10 +78,14 @@ class Judge(Strict):
 # %% ../../nbs/7_run/config.ipynb #e6e3429a
 class Curriculum(Strict):
     "Arguments of `dal_med.loop.curriculum.curriculum`, and the weight of a synthetic image against a real one's 1."
+    later: ClassVar[set] = {'integration', 'weigh', 'choose'}
     real_until: Annotated[int, Field(ge=0)] = 0
     full_from: Count = 2
     ratio: Annotated[float, Field(ge=0)] = 1.
     weight: Annotated[float, Field(gt=0)] = 1.
+    integration: Literal['continuous', 'early', 'late'] = 'continuous'
+    weigh: Literal['equal', 'judge'] = 'equal' # 'judge': times its probability of the class
+    choose: Literal['fixed', 'validation'] = 'fixed' # the ratio; 'validation' buys the validation labels
 
 # %% ../../nbs/7_run/config.ipynb #827a073b
 class Diffusion(Strict):
@@ -83,12 +106,25 @@ class Fit(Strict):
     mixed_precision: Literal['no', 'fp16', 'bf16'] = 'no'
 
 # %% ../../nbs/7_run/config.ipynb #b7549b48
+class Steer(Strict):
+    "Arguments of `dal_med.generate.guidance.steering`: the round's classifier leans on each step of the sampler."
+    objective: Literal['none', 'entropy', 'loss'] = 'none'
+    strength: Annotated[float, Field(ge=0)] = .1 # nats a step
+    most: Annotated[float, Field(ge=0)] = .1 # largest root mean square of a step's change, standard deviations
+    between: tuple[Share, Share] = (.2, .9) # shares of noise
+    schedule: Literal['constant', 'rising', 'falling'] = 'constant'
+    through: Literal['network', 'image'] = 'network'
+
 class Sampling(Strict):
-    "Arguments of `PixelDiffusion.sample`."
+    "Arguments of `PixelDiffusion.sample`; and what is steered, started from and drawn in excess."
+    later: ClassVar[set] = {'steer', 'image_to_image', 'oversample'}
     guidance: Annotated[float, Field(ge=0)] = 1.5
     steps: Count = 12
     solver: Literal['unipc', 'euler'] = 'unipc'
     shift: Annotated[float, Field(gt=0)] = 8.
+    steer: Steer = Steer()
+    image_to_image: Fraction | None = None # share of noise on the pool's most uncertain images, from which the walk starts; None: noise alone
+    oversample: Annotated[float, Field(ge=1)] = 1. # images drawn for each wanted one; of those let in the most uncertain are kept
 
 # %% ../../nbs/7_run/config.ipynb #8201099e
 class Gate(Strict):
@@ -98,10 +134,21 @@ class Gate(Strict):
     k: Count = 1
     fewest: Count = 5
 
+# %% ../../nbs/7_run/config.ipynb #c7e1d4b8
+class Checks(Strict):
+    "The gate's checks that ask no label, each by the share of real images that it may turn away; None: not asked."
+    sanity: Fraction | None = None # `dal_med.generate.sanity`: is it a photograph of skin at all?
+    registered: Fraction | None = .02 # `dal_med.generate.registration`: is it a pool image, turned, cropped or recoloured?
+    near: Fraction | None = .005 # `dal_med.generate.copies`: is it nearer to a pool image in the judge's features than other lesions are?
+
 # %% ../../nbs/7_run/config.ipynb #e0f4fdb7
 class Allocation(Strict):
     "Up to how many images a rare class is filled: those of the `largest` class, or the `median` over classes; the curriculum's ratio bounds it."
+    later: ClassVar[set] = {'adaptive', 'overdraw', 'most'}
     target: Literal['largest', 'median'] = 'largest'
+    adaptive: bool = False # by recall on validation, whose labels it buys, and by the rejections so far
+    overdraw: Annotated[float, Field(ge=1)] = 4. # most images drawn for each wanted one, where images are rejected
+    most: Annotated[int, Field(ge=0)] | None = None # images drawn in a round, of all classes together
 
 # %% ../../nbs/7_run/config.ipynb #4ca78d15
 class Views(Strict):
@@ -128,6 +175,7 @@ class Phantom(Strict):
 # %% ../../nbs/7_run/config.ipynb #15a9b166
 class Config(Strict):
     "One run."
+    later: ClassVar[set] = {'query', 'arms', 'ratios'}
     dataset: str = 'phantom' # 'phantom', or the folder of a prepared data set
     folder: str = 'runs/one' # where the run lies
     cache: str = '.cache/dal_med' # what is computed once a split
@@ -154,14 +202,19 @@ class Config(Strict):
     sampling: Sampling = Sampling()
     judge: Judge = Judge()
     gate: Gate = Gate()
+    checks: Checks = Checks()
     allocation: Allocation = Allocation()
     curriculum: Curriculum = Curriculum()
+    arms: list[str] = [] # of `dal_med.loop.fixed_labels.ARMS`: a study at a fixed number of labels, which is `budget`
+    ratios: list[Annotated[float, Field(gt=0)]] = [] # most synthetic images for each real one, in such a study
+    spare: Annotated[float, Field(ge=1)] = 2. # candidates drawn for each synthetic image asked for, in such a study
 
     def settings(self) -> dict:
         "What makes the run what it is: everything but where it lies, and what watches it."
         place = {'dataset', 'folder', 'cache', 'phantom', 'tracker', 'tracker_folder'}
         later = {'stratified': {'start_scheme', 'cold_strategy', 'encoder'}, 'random': {'cold_strategy', 'encoder'}, 'cold': set()}
-        found = self.model_dump(mode='json', exclude=place | later[self.start_scheme] | ({'query'} if not self.query else set()))
+        absent = place | later[self.start_scheme] | (set() if self.arms else {'spare'}) | ({'checks'} if self.generator == 'none' and not self.arms else set())
+        found = {k: v for k, v in self.told().items() if k not in absent}
         p = found['prediction']
         if (p['uncertainty'], p['temperature']) == ('dropout', 'none'): found['prediction'] = {k: p[k] for k in ('passes', 'views')}
         return found

@@ -34,7 +34,7 @@ def bought_after(settings: dict, shape: Shape, round: int) -> np.ndarray: # (c,)
 
 def asked_for(settings: dict, shape: Shape, round: int, most: bool = False) -> int:
     "Synthetic images that the allocation is expected to ask for after a round, or the most that it can."
-    bought, ratio = bought_after(settings, shape, round), curriculum(round + 1, **{k: v for k, v in settings['curriculum'].items() if k != 'weight'})
+    bought, ratio = bought_after(settings, shape, round), curriculum(round + 1, **{k: v for k, v in settings['curriculum'].items() if k not in ('weight', 'weigh', 'choose')})
     target = settings['allocation']['target']
     if most: return most_filled(bought.sum(), ratio, len(bought), target)
     return int(allocate(bought, ratio, bought.max() if target == 'largest' else None).sum())
