@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.atomic import write_parquet
 from ..generate.allocate import allocate
 from ..generate.copies import copy_threshold, signatures
-from ..generate.gate import gate
+from ..generate.gate import further_checks, gate
 from ..generate.generators import get_generator
 from ..generate.guidance import steering
 from ..generate.image_to_image import sources
@@ -27,7 +27,6 @@ from ..learn.training import make_accelerator, train
 from .chance import stream
 from .kept import content_key, folder_digest, kept
 from .once_a_split import pretrained
-from .phases import further_checks
 from .unit import Unit
 
 # %% ../../nbs/6_loop/candidates.ipynb #a6999c9a
@@ -154,7 +153,9 @@ def judged(unit: Unit,
     seen, known = predict(judge, made), predict(judge, unit.pool[unit.rows])
     unsure = uncertainty(adjust(predict(model, made).probs, usual)).astype(np.float32)
     return gate(made, classes, adjust(seen.probs, prior), seen.embeddings, known.embeddings, unit.labels[unit.rows], signatures(made), signatures(unit.pool),
-                copy_threshold(unit.pool, unit.groups[unit.plan.pool]), **unit.settings['gate'], **further_checks(unit, 0, made, judge, seen.embeddings)).assign(unsure=unsure)
+                copy_threshold(unit.pool, unit.groups[unit.plan.pool]), **unit.settings['gate'],
+                **further_checks(made, unit.pool, unit.groups[unit.plan.pool], **(unit.settings.get('checks') or {}), features=seen.embeddings,
+                                 embed=lambda: predict(judge, unit.pool).embeddings, rng=unit.rng('checks'))).assign(unsure=unsure)
 
 def candidates(unit: Unit,
                source: str, # a key of SOURCES

@@ -218,7 +218,7 @@ UNCERTAINTY = dict(dropout=by_dropout, laplace=by_laplace, ensemble=by_members, 
 # %% ../../nbs/6_loop/phases.ipynb #c5b4a344
 def counts_validation(settings: dict) -> bool: # whether the validation labels are bought, and so are part of the budget
     "A temperature, an allocation by recall and a ratio chosen on validation look at them."
-    looks = settings['allocation'].get('adaptive') or settings['curriculum'].get('choose') == 'validation'
+    looks = settings.get('allocation', {}).get('adaptive') or settings.get('curriculum', {}).get('choose') == 'validation'
     return settings['rounds'] > 1 and (settings['prediction'].get('temperature', 'none') == 'validation' or settings['generator'] != 'none' and bool(looks))
 
 # %% ../../nbs/6_loop/phases.ipynb #dba16255
