@@ -125,7 +125,7 @@ def insane(images: np.ndarray, # uint8 (n, h, w, 3)
            real: Sanity # from `fit_sanity`
           ) -> pd.DataFrame: # n rows, a boolean column a reason
     "In which ways each image is unlike all real ones."
-    seen = real.measure(images) if len(images) else pd.DataFrame(columns=[name for name, _ in REASONS.values()], dtype=float)
+    seen = real.measure(images) if len(images) else pd.DataFrame(columns=[*{name for name, _ in REASONS.values()}], dtype=float)
     return pd.DataFrame({reason: ~(sign*seen[name] <= sign*real.limits[reason]) for reason, (name, sign) in REASONS.items()})
 
 # %% ../../nbs/4_generate/sanity.ipynb #8a5c235c
