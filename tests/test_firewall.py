@@ -25,10 +25,13 @@ def digests(folder):
 def cache(tmp_path_factory): return tmp_path_factory.mktemp('cache')
 
 
-@pytest.mark.parametrize('strategy', STRATEGIES)
-def test_unbought_labels_change_nothing(strategy, tmp_path, cache):
+CASES = {**{name: dict(strategy=name) for name in STRATEGIES}, 'every check of the gate': dict(checks=dict(sanity=.02, registered=.02, near=.02))}
+
+
+@pytest.mark.parametrize('changes', CASES.values(), ids=CASES)
+def test_unbought_labels_change_nothing(changes, tmp_path, cache):
     torch.set_num_threads(1)
-    config = tiny(tmp_path/'a', cache, strategy=strategy)
+    config = tiny(tmp_path/'a', cache, **changes)
     data, settings = open_input(config), config.settings()
     plan = make_plan(data.labels, data.groups, seed=settings['seed'], split_seed=settings['split_seed'], start_fraction=settings['start_fraction'])
     a = active_learning(data, tmp_path/'a', settings, cache=cache, plan=plan)

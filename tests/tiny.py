@@ -3,11 +3,11 @@ from dal_med.run.config import Config, make_config
 
 
 def tiny(folder, cache, **changes) -> Config:
-    "Three rounds on 600 phantoms at 32 px with two gated generations: a few seconds on one core."
+    "Three rounds on 600 phantoms at 32 px with two gated generations: a few seconds on one core. Registration, which costs more than all else, is left to the tests that ask for it."
     settings = dict(folder=str(folder), cache=str(cache), strategy='entropy', generator='pixel_diffusion', rounds=3, budget=12, start_fraction=.06,
                     phantom=dict(n=600, size=32), training=dict(steps=6, batch_size=16), judge=dict(training=dict(steps=4, batch_size=16)),
                     diffusion=dict(width=16), pretraining=dict(steps=3, batch_size=8), finetuning=dict(steps=3, batch_size=8), sampling=dict(steps=2),
-                    prediction=dict(passes=3, views=2), curriculum=dict(real_until=0, full_from=1, ratio=1.))
+                    prediction=dict(passes=3, views=2), checks=dict(registered=None), curriculum=dict(real_until=0, full_from=1, ratio=1.))
     return make_config({**settings, **changes})
 
 
