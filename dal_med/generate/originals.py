@@ -9,6 +9,7 @@ __all__ = ['RINGS', 'ANGLES', 'ORDERS', 'AREA', 'GREY', 'WAVES', 'EIGHT', 'INNER
 
 # %% ../../nbs/4_generate/originals.ipynb #b83890f8
 from dataclasses import dataclass
+import warnings
 import numpy as np
 import torch
 from torch.nn.functional import grid_sample, interpolate
@@ -55,7 +56,8 @@ def interpolation(points: torch.Tensor, # (..., 2) x, y in sides of the image
     columns = torch.stack([corner, corner + 1, corner + side, corner + side + 1], 1)
     x, y = part.T
     values = torch.stack([(1 - x)*(1 - y), x*(1 - y), (1 - x)*y, x*y], 1)
-    return torch.sparse_csr_tensor(torch.arange(len(at) + 1)*4, columns.ravel(), values.ravel(), (len(at), side*side))
+    with warnings.catch_warnings(action='ignore', category=UserWarning): # that the format is new and unchecked
+        return torch.sparse_csr_tensor(torch.arange(len(at) + 1)*4, columns.ravel(), values.ravel(), (len(at), side*side))
 
 # %% ../../nbs/4_generate/originals.ipynb #0dcf4b47
 def harmonics(samples: torch.Tensor # (rings, angles, n)

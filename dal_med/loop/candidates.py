@@ -24,9 +24,8 @@ from ..learn.classifier import create_classifier, load_classifier, save_classifi
 from ..learn.imbalance import adjust
 from ..learn.prediction import predict
 from ..learn.training import make_accelerator, train
-from .chance import stream
 from .kept import content_key, folder_digest, kept
-from .once_a_split import pretrained
+from .once_a_split import SECTIONS, pretrained
 from .unit import Unit
 
 # %% ../../nbs/6_loop/candidates.ipynb #a6999c9a
@@ -34,7 +33,7 @@ SOURCES = dict( # name -> the generator, and how images are drawn from it
     diffusion=dict(generator='pixel_diffusion'),
     guided=dict(generator='pixel_diffusion', way='steered', steer=dict(objective='entropy')), # towards what the learner is unsure of
     from_pool=dict(generator='pixel_diffusion', way='varied', strength=.6), # from the noised pixels of unlabelled images that the learner is unsure of
-    gan=dict(generator='stylegan2_ada', create={}, pretraining=dict(kimg=200), finetuning=dict(kimg=10), sampling={}),
+    gan=dict(generator='stylegan', create={}, pretraining=dict(kimg=200), finetuning=dict(kimg=10), sampling={}),
 )
 
 def sections_of(unit: Unit, source: str) -> dict: # generator, way and its options, create, pretraining, finetuning, sampling
@@ -45,13 +44,9 @@ def sections_of(unit: Unit, source: str) -> dict: # generator, way and its optio
 
 def label_free(unit: Unit, source: str) -> Path: # folder of a generator
     "The generator that has seen the pool's pixels and no label."
-    s, n = sections_of(unit, source), len(unit.classes)
-    if s['generator'] == 'pixel_diffusion':
-        return pretrained(unit.pool, n, unit.settings | dict(diffusion=s['create'], pretraining=s['pretraining']), unit.cache, unit.steps(.5))
-    def split_rng(*name): return stream(unit.settings['split_seed'], 'generator', *name)
-    def first(): return get_generator(s['generator'])(n, unit.images.shape[1], rng=split_rng('weights'), **s['create'])
-    key = content_key(unit.pool_sha256, **{k: s[k] for k in ('generator', 'create', 'pretraining')}, classes=n, split_seed=unit.settings['split_seed'])
-    return learnt(unit, 'label_free', key, first, np.full(len(unit.pool), -1), split_rng('pretraining'), s['pretraining'])/'generator'
+    s = sections_of(unit, source)
+    settings = unit.settings | {'generator': s['generator'], SECTIONS[s['generator']]: s['create'], 'pretraining': s['pretraining']}
+    return pretrained(unit.pool, len(unit.classes), settings, unit.cache, unit.steps(.5))
 
 # %% ../../nbs/6_loop/candidates.ipynb #d428c3cb
 def learnt(unit: Unit, kind: str, key: str,

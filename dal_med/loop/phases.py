@@ -7,11 +7,12 @@ __all__ = ['UNCERTAINTY', 'PHASES', 'Run', 'bought', 'write_picks', 'starts_cold
            'admitted', 'judged', 'training_set', 'ratio_on_validation', 'train_phase', 'trained', 'evaluate_phase',
            'by_dropout', 'by_laplace', 'by_members', 'counts_validation', 'validation_labels', 'tempered',
            'predict_phase', 'write_stopping', 'query_phase', 'ratio_of', 'recall_and_rejections', 'allocation_of',
-           'how_drawn', 'check_sampling', 'generate_phase', 'without_surplus', 'gate_phase']
+           'how_drawn', 'check_sampling', 'generate_phase', 'without_surplus', 'write_fidelity', 'gate_phase']
 
 # %% ../../nbs/6_loop/phases.ipynb #cb4889ea
 import inspect, json
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Callable
@@ -36,9 +37,11 @@ from ..learn.training import make_accelerator, train
 from .asking import told
 from .chance import stream
 from .curriculum import balanced_score, choose_ratio, curriculum, image_weights, within_ratio
+from .fidelity import fidelity
 from .once_a_split import encoder, pretrained
 from .oracle import SimulatedOracle
 from .plan import Plan
+from ..measure.synthetic.features import in_domain
 from ..query.cold_start import cold_start
 from ..query.stopping import predicted_classes, stopping_report
 from ..query.strategies import STRATEGIES
@@ -357,6 +360,23 @@ def without_surplus(run: Run, round: int,
     keep = keep_uncertain(intended, table.admitted, unsure, json.loads(path.read_text()))
     return table.assign(admitted=keep, reason=np.where(table.admitted & ~keep, 'surplus', table.reason))
 
+# %% ../../nbs/6_loop/phases.ipynb #447d892e
+def write_fidelity(run: Run, round: int, out: Path,
+                   made: np.ndarray, # (n, h, w, 3) uint8
+                   intended: np.ndarray, # (n,) classes
+                   admitted: np.ndarray, # (n,) bool
+                   judge, # trained
+                   of_pool: Callable # -> (n_pool, d) the judge's features of the pool
+                  ) -> None:
+    "Measure the images that were made, and those let in, against the pool's, where the configuration asks for it."
+    options, plan = dict(run.settings.get('measures') or {}), run.plan
+    if not options.pop('synthetic', False): return
+    cold, pool = starts_cold(run.settings), run.images[plan.pool]
+    features = in_domain(load_encoder(encoder(pool, run.settings, run.cache)).to(make_accelerator().device) if cold else judge)
+    table = fidelity(features(made), intended, admitted, features(pool) if cold else of_pool(), bought(run, round + 1), run.groups[plan.pool], features(run.images[plan.validation]), run.groups[plan.validation],
+                     run.classes, f'{"encoder" if cold else "judge"}: {features.name}', rng=run.rng('fidelity', round), **options)
+    write_parquet(out/'fidelity.parquet', table)
+
 # %% ../../nbs/6_loop/phases.ipynb #e2d8cc3a
 def gate_phase(run: Run, round: int, out: Path) -> None:
     "Decide for each synthetic image whether it may train the next round, and write down why not."
@@ -370,11 +390,13 @@ def gate_phase(run: Run, round: int, out: Path) -> None:
         history = train(judge, real, labels[rows], rng=run.rng('judge', 'train', round), progress=run.steps(round, 'gate', .8), **run.settings['judge']['training'])
         seen, known = predict(judge, made), predict(judge, real)
         pool = run.images[run.plan.pool]
+        of_pool = cache(lambda: predict(judge, pool).embeddings)
         decision = gate(made, intended, adjust(seen.probs, history['prior']), seen.embeddings, known.embeddings, labels[rows], signatures(made), signatures(pool),
                         copy_threshold(pool, run.groups[run.plan.pool]), **run.settings['gate'],
                         **further_checks(made, pool, run.groups[run.plan.pool], **(run.settings.get('checks') or {}), features=seen.embeddings,
-                                         embed=lambda: predict(judge, pool).embeddings, rng=run.rng('checks', round)))
+                                         embed=of_pool, rng=run.rng('checks', round), cache=run.cache))
         table = without_surplus(run, round, pd.concat([table[['label']], decision], axis=1), made, intended)
+        write_fidelity(run, round, out, made, intended, table.admitted.to_numpy(), judge, of_pool)
     write_parquet(out/'decisions.parquet', table)
 
 # %% ../../nbs/6_loop/phases.ipynb #e837ab12

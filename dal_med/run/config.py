@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Fraction', 'Share', 'Strict', 'Classifier', 'Training', 'Prediction', 'Judge', 'Curriculum', 'Diffusion',
-           'Fit', 'Steer', 'Sampling', 'Gate', 'Checks', 'Allocation', 'Views', 'Encoder', 'Phantom', 'Config',
-           'explain', 'make_config', 'check_plain', 'read_yaml', 'notebook_config']
+           'Fit', 'GanFit', 'Gan', 'Steer', 'Sampling', 'Gate', 'Checks', 'Measures', 'Allocation', 'Views', 'Encoder',
+           'Phantom', 'Config', 'explain', 'make_config', 'check_plain', 'read_yaml', 'notebook_config']
 
 # %% ../../nbs/7_run/config.ipynb #17738c07
 import difflib
@@ -105,6 +105,30 @@ class Fit(Strict):
     ema: Share = .999
     mixed_precision: Literal['no', 'fp16', 'bf16'] = 'no'
 
+class GanFit(Strict):
+    "Arguments of `StyleGAN.fit`, in the same two places."
+    steps: Count = 200 # thousand images (kimg): steps x batch_size / 1000
+    batch_size: Count = 32
+    lr: Annotated[float, Field(gt=0)] = 2.5e-3
+    drop: Share = .15
+    labelled_share: Share = .5
+    ema: Share = .998
+    r1: Annotated[float, Field(ge=0)] | None = None # None: by size and batch
+    path_length: Annotated[float, Field(ge=0)] = 0.
+    target: Share = .6 # mean sign of the discriminator's scores of real images, by which augmentation adapts
+    ada_kimg: Annotated[float, Field(ge=0)] = 100. # 0: augmentation stays as it is
+    freeze: Annotated[int, Field(ge=0)] = 0
+    mixed_precision: Literal['no', 'bf16'] = 'no'
+
+class Gan(Strict):
+    "Arguments of `dal_med.generate.stylegan.generator.StyleGAN`, of its fits and of its `sample`."
+    width: Count = 16
+    widest: Count = 256
+    latent: Count = 128
+    truncation: Share = 1.
+    pretraining: GanFit = GanFit()
+    finetuning: GanFit = GanFit()
+
 # %% ../../nbs/7_run/config.ipynb #b7549b48
 class Steer(Strict):
     "Arguments of `dal_med.generate.guidance.steering`: the round's classifier leans on each step of the sampler."
@@ -141,6 +165,14 @@ class Checks(Strict):
     registered: Fraction | None = .02 # `dal_med.generate.registration`: is it a pool image, turned, cropped or recoloured?
     near: Fraction | None = .005 # `dal_med.generate.copies`: is it nearer to a pool image in the judge's features than other lesions are?
 
+# %% ../../nbs/7_run/config.ipynb #78d7e25f
+class Measures(Strict):
+    "Arguments of `dal_med.loop.fidelity.fidelity`: what a run in rounds writes down of its synthetic images."
+    synthetic: bool = False
+    least: Annotated[int, Field(ge=10)] = 30 # made images, and lesions of a set of real ones; with fewer nothing is measured
+    most: Count = 1000 # images of a set, drawn
+    resamples: Annotated[int, Field(ge=2)] = 100
+
 # %% ../../nbs/7_run/config.ipynb #e0f4fdb7
 class Allocation(Strict):
     "Up to how many images a rare class is filled: those of the `largest` class, or the `median` over classes; the curriculum's ratio bounds it."
@@ -175,7 +207,7 @@ class Phantom(Strict):
 # %% ../../nbs/7_run/config.ipynb #15a9b166
 class Config(Strict):
     "One run."
-    later: ClassVar[set] = {'query', 'arms', 'ratios'}
+    later: ClassVar[set] = {'query', 'measures', 'arms', 'ratios'}
     dataset: str = 'phantom' # 'phantom', or the folder of a prepared data set
     folder: str = 'runs/one' # where the run lies
     cache: str = '.cache/dal_med' # what is computed once a split
@@ -183,7 +215,7 @@ class Config(Strict):
     split_seed: Annotated[int, Field(ge=0)] = 0
     strategy: str = 'random'
     query: dict[str, bool | int | float | str | list[float] | None] = {} # options of the strategy: {form: pareto, costs: [5, 1, 1, 1, 1, 1, 1]} for hybrid
-    generator: Literal['none', 'pixel_diffusion'] = 'none'
+    generator: Literal['none', 'pixel_diffusion', 'stylegan'] = 'none'
     start_fraction: Fraction = .02
     start_scheme: Literal['stratified', 'random', 'cold'] = 'stratified' # how the labels of the start are drawn; 'cold': by `cold_strategy` on embeddings learnt without labels
     cold_strategy: str = 'typiclust' # one of `dal_med.query.cold_start.cold_strategies()`
@@ -199,22 +231,33 @@ class Config(Strict):
     diffusion: Diffusion = Diffusion()
     pretraining: Fit = Fit()
     finetuning: Fit = Fit()
+    stylegan: Gan = Gan() # with fits of its own
     sampling: Sampling = Sampling()
     judge: Judge = Judge()
     gate: Gate = Gate()
     checks: Checks = Checks()
+    measures: Measures = Measures()
     allocation: Allocation = Allocation()
     curriculum: Curriculum = Curriculum()
     arms: list[str] = [] # of `dal_med.loop.fixed_labels.ARMS`: a study at a fixed number of labels, which is `budget`
     ratios: list[Annotated[float, Field(gt=0)]] = [] # most synthetic images for each real one, in such a study
     spare: Annotated[float, Field(ge=1)] = 2. # candidates drawn for each synthetic image asked for, in such a study
 
+    @model_validator(mode='after')
+    def measured_in_rounds(self):
+        if self.arms and self.measures.synthetic: raise ValueError('measures.synthetic is for runs in rounds; a study of arms at a fixed number of labels writes no such record: leave out one of the two')
+        return self
+
     def settings(self) -> dict:
         "What makes the run what it is: everything but where it lies, and what watches it."
-        place = {'dataset', 'folder', 'cache', 'phantom', 'tracker', 'tracker_folder'}
+        gan, place = self.generator == 'stylegan' and not self.arms, {'dataset', 'folder', 'cache', 'phantom', 'tracker', 'tracker_folder'}
         later = {'stratified': {'start_scheme', 'cold_strategy', 'encoder'}, 'random': {'cold_strategy', 'encoder'}, 'cold': set()}
-        absent = place | later[self.start_scheme] | (set() if self.arms else {'spare'}) | ({'checks'} if self.generator == 'none' and not self.arms else set())
+        absent = place | later[self.start_scheme] | {'diffusion' if gan else 'stylegan'} | (set() if self.arms else {'spare'}) | ({'checks', 'measures'} if self.generator == 'none' and not self.arms else set())
         found = {k: v for k, v in self.told().items() if k not in absent}
+        if gan:
+            own, usual = found['stylegan'], found['sampling']
+            found |= {k: own.pop(k) for k in ('pretraining', 'finetuning')}
+            found['sampling'] = {'truncation': own.pop('truncation')} | {k: v for k, v in usual.items() if k in Sampling.later}
         p = found['prediction']
         if (p['uncertainty'], p['temperature']) == ('dropout', 'none'): found['prediction'] = {k: p[k] for k in ('passes', 'views')}
         return found
@@ -230,7 +273,7 @@ def explain(error: ValidationError, where: str) -> str: # one line a field
             for part in e['loc'][:-1]: model = model.model_fields[part].annotation
             near = difflib.get_close_matches(str(e['loc'][-1]), list(model.model_fields), 1)
             lines.append(f'unknown parameter {field!r}' + (f': did you mean {near[0]!r}?' if near else f'; known are {", ".join(model.model_fields)}'))
-        else: lines.append(f'{field} is {e["input"]!r}: {e["msg"]}')
+        else: lines.append(f'{field} is {e["input"]!r}: {e["msg"]}' if field else e['msg'])
     return f'{where}: ' + '; '.join(lines) + '. Nothing was run'
 
 # %% ../../nbs/7_run/config.ipynb #6f1559f3

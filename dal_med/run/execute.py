@@ -6,7 +6,7 @@
 __all__ = ['open_input', 'announce', 'check_alone', 'execute']
 
 # %% ../../nbs/7_run/execute.ipynb #2c15b46d
-import os
+import os, shutil
 from pathlib import Path
 from ..data.datasets import Dataset, open_dataset
 from ..data.phantom import prepare_phantom
@@ -27,6 +27,7 @@ def open_input(config: Config) -> Dataset: # prepared, memory-mapped
     p = config.phantom
     folder = Path(config.cache)/f'phantom-{p.n}-{p.size}-{p.seed}'
     with locked(Path(config.cache)/f'{folder.name}.lock', wait=True):
+        for left in folder.parent.glob(f'.{folder.name}.*.partial'): shutil.rmtree(left, ignore_errors=True) # of a process that was killed
         if not folder.exists(): prepare_phantom(folder, n=p.n, size=p.size, seed=p.seed)
     return open_dataset(folder)
 

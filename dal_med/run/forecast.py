@@ -52,7 +52,7 @@ class Forecast:
                  there: set = frozenset(), # keys that need no pretraining any more
                  at_once: int = 1): # runs at a time
         self.configs, self.costs, self.shared, self.there, self.at_once = runs, costs, shared, there, at_once
-        self.pretraining = {shared[n]: price(costs.of(c, s)['pretraining'], c.pretraining.steps) for n, (c, s) in runs.items() if n in shared}
+        self.pretraining = {shared[n]: price(costs.of(c, s)['pretraining'], c.settings()['pretraining']['steps']) for n, (c, s) in runs.items() if n in shared}
         still = {k: v*(k not in there) for k, v in self.pretraining.items()}
         self.seconds, tables = {}, {}
         self.runs = pd.DataFrame({n: memory_of(c, s, costs) | disk_of(c, s, costs) for n, (c, s) in runs.items()}).T
@@ -94,7 +94,7 @@ def forecast(sweep: Sweep, # checked
         c = run.config
         runs[name] = c, shape(c.dataset, c.cache, c.phantom.model_dump_json(), strategy=c.strategy, seed=c.seed, split_seed=c.split_seed, start_fraction=c.start_fraction, start_scheme=c.start_scheme)
         if c.generator != 'none' and first_made(c.settings(), runs[name][1]) is not None:
-            shared[name] = str(Path(c.cache)/key(json.dumps(c.model_dump(include={'dataset', 'cache', 'phantom', 'split_seed', 'diffusion', 'pretraining'}), sort_keys=True)))
+            shared[name] = str(Path(c.cache)/key(json.dumps(c.model_dump(include={'dataset', 'cache', 'phantom', 'split_seed', 'generator', 'diffusion', 'pretraining', 'stylegan'}), sort_keys=True)))
     at_once, threads, workers = places(sweep, cores, gpus)
     costs = unit_costs(runs.values(), sweep.notebook, workers, threads, seconds, progress)
     return Forecast(runs, costs, shared, {k for k in shared.values() if Path(k).exists()}, at_once)

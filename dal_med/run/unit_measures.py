@@ -20,10 +20,12 @@ import torch
 from ..data.atomic import sha256_file, write_parquet
 from ..generate.copies import copy_threshold, signatures
 from ..generate.gate import gate
-from ..generate.pixel_diffusion import PixelDiffusion
+from ..generate.generators import get_generator
+from ..generate.guidance import steering
 from ..learn.classifier import create_classifier, save_classifier, weights_sha256
 from ..learn.prediction import predict
-from ..learn.training import train
+from ..learn.training import make_accelerator, train
+from ..loop.once_a_split import SECTIONS, new_generator
 from ..loop.phases import trained
 from ..loop.plan import Plan, make_plan
 from ..loop.record import write_phase
@@ -61,14 +63,15 @@ def units_of(config: Config,
     "What is to be measured for a run."
     s, common = config.settings(), dict(size=shape.size, classes=len(shape.start))
     def training(section): return dict(common, classifier=section['classifier'], training={k: v for k, v in section['training'].items() if k != 'steps'})
-    def fit(name): return dict(common, pool=shape.pool, diffusion=s['diffusion'], labelled=name == 'finetuning', fit={k: v for k, v in s[name].items() if k != 'steps'})
+    def model(**more): return common | {k: s[k] for k in ('generator', SECTIONS[s['generator']])} | more
+    def fit(name): return model(pool=shape.pool, labelled=name == 'finetuning', fit={k: v for k, v in s[name].items() if k != 'steps'})
     labels = min(sum(shape.start) + s['budget']*(s['rounds'] - 1), shape.pool)
     units = dict(open=dict(dataset=config.dataset, cache=config.cache, phantom=config.phantom.model_dump(), classifier=s['classifier']), write={}, train=dict(training(s), saved=True), evaluate=dict(common, classifier=s['classifier'], views=s['prediction']['views'], passes=1, pool=0))
     if s['rounds'] > 1:
         units |= dict(predict=dict(common, classifier=s['classifier'], views=1, passes=s['prediction']['passes'], pool=shape.pool),
                       query=dict(common, classifier=s['classifier'], passes=s['prediction']['passes'], pool=shape.pool, strategy=s['strategy'], labels=labels, budget=s['budget']))
     if s['rounds'] > 1 and s['generator'] != 'none':
-        units |= dict(pretraining=fit('pretraining'), finetuning=fit('finetuning'), sampling=dict(common, diffusion=s['diffusion'], sampling=s['sampling']), judge=dict(training(s['judge']), saved=False),
+        units |= dict(pretraining=fit('pretraining'), finetuning=fit('finetuning'), sampling=model(sampling=s['sampling'], **({'classifier': s['classifier']} if 'steer' in s['sampling'] else {})), judge=dict(training(s['judge']), saved=False),
                       judged=dict(common, classifier=s['judge']['classifier'], training={k: v for k, v in s['judge']['training'].items() if k != 'steps'}),
                       gate=dict(common, pool=shape.pool, labels=labels, classifier=s['judge']['classifier'], gate=s['gate']))
     return units
@@ -222,20 +225,22 @@ def measure_fit(a: dict, scratch: Path, seconds: float) -> dict:
     "A generator's step: label-free, or with labels."
     images, labels = noise(a['pool'], a['size']), np.full(a['pool'], -1)
     if a['labelled']: labels[:200] = np.arange(min(200, a['pool'])) % a['classes']
-    generator, folder = PixelDiffusion(a['classes'], a['size'], **a['diffusion']), scratch/'generator'
+    generator, folder = new_generator(a, a['classes'], a['size']), scratch/'generator'
     generator.fit(images[:64], labels[:64], steps=1, **a['fit'])
     cost = step_cost(lambda steps, progress: generator.fit(images, labels, steps=steps, progress=progress, **a['fit']), seconds)
     began = time.perf_counter()
     generator.save(folder)
-    PixelDiffusion.load(folder)
+    get_generator(a['generator']).load(folder)
     return dict(fixed=cost['fixed'] + time.perf_counter() - began, each=cost['each'], heavy=sum(p.stat().st_size for p in folder.iterdir()))
 
 # %% ../../nbs/7_run/unit_measures.ipynb #a6b4e91e
 def measure_sampling(a: dict, scratch: Path, seconds: float) -> dict:
-    "A sampled image: all its steps, guided."
-    generator, images, labels = PixelDiffusion(a['classes'], a['size'], **a['diffusion']), noise(64, a['size']), np.arange(64) % a['classes']
+    "A sampled image: all its steps, guided, and steered where the run steers."
+    generator, images, labels = new_generator(a, a['classes'], a['size']), noise(64, a['size']), np.arange(64) % a['classes']
     generator.fit(images, labels, steps=1, batch_size=2)
-    return dict(fixed=0., each=image_cost(lambda n: generator.sample(labels[:n], **{k: v for k, v in a['sampling'].items() if k in ('guidance', 'steps', 'solver', 'shift')}), seconds, 16, 64), heavy_each=3*a['size']**2)
+    options = {k: v for k, v in a['sampling'].items() if k not in ('steer', 'image_to_image', 'oversample')}
+    if a['sampling'].get('steer', {}).get('objective', 'none') != 'none': options['steer'] = steering(classifier_of(a).to(make_accelerator().device).eval(), **a['sampling']['steer'])
+    return dict(fixed=0., each=image_cost(lambda n: generator.sample(labels[:n], **options), seconds, 16, 64), heavy_each=3*a['size']**2)
 
 # %% ../../nbs/7_run/unit_measures.ipynb #d27cc102
 def measure_gate(a: dict, scratch: Path, seconds: float) -> dict:

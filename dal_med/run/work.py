@@ -9,7 +9,8 @@ __all__ = ['NOTEBOOK', 'most_filled', 'bought_after', 'asked_for', 'pool_work', 
 # %% ../../nbs/7_run/work.ipynb #d1b484b9
 import numpy as np
 import pandas as pd
-from ..generate.allocate import allocate
+from ..generate.allocate import allocate, bounded
+from ..generate.keep_uncertain import oversampled
 from ..loop.curriculum import curriculum
 from ..loop.loop import itinerary
 from .config import Config
@@ -33,11 +34,17 @@ def bought_after(settings: dict, shape: Shape, round: int) -> np.ndarray: # (c,)
     return np.array(shape.start) + settings['budget']*(round + 1)*share/share.sum()
 
 def asked_for(settings: dict, shape: Shape, round: int, most: bool = False) -> int:
-    "Synthetic images that the allocation is expected to ask for after a round, or the most that it can."
+    "Synthetic images that are expected to be drawn after a round, or the most that can be."
     bought, ratio = bought_after(settings, shape, round), curriculum(round + 1, **{k: v for k, v in settings['curriculum'].items() if k not in ('weight', 'weigh', 'choose')})
-    target = settings['allocation']['target']
-    if most: return most_filled(bought.sum(), ratio, len(bought), target)
-    return int(allocate(bought, ratio, bought.max() if target == 'largest' else None).sum())
+    options, factor = settings['allocation'], settings['sampling'].get('oversample', 1.)
+    target, cap = options['target'], options.get('most')
+    if not most:
+        wanted = np.repeat(np.arange(len(bought)), allocate(bought, ratio, bought.max() if target == 'largest' else None))
+        return int(bounded(np.bincount(oversampled(wanted, factor), minlength=len(bought)), cap).sum())
+    wanted, adaptive = most_filled(bought.sum(), ratio, len(bought), target), bool(options.get('adaptive'))
+    rounded = (factor*adaptive + (factor > 1))*(len(bought) - 1)*(wanted > 0) # up, in each class but the largest
+    drawn = int(np.ceil(factor*(options.get('overdraw', 4.) if adaptive else 1.)*wanted + rounded))
+    return drawn if cap is None else min(drawn, cap)
 
 # %% ../../nbs/7_run/work.ipynb #4a42e02b
 def pool_work(settings: dict, shape: Shape) -> tuple[int, int]: # images predicted, training steps
