@@ -287,7 +287,7 @@ def test_a_thousand_runs(tmp_path):
 def test_the_real_loop(tmp_path):
     "The template of the study, killed once."
     config = tiny(tmp_path/'alone', tmp_path/'cache')
-    keep = ('strategy', 'generator', 'rounds', 'budget', 'start_fraction', 'phantom', 'training', 'judge', 'diffusion', 'pretraining', 'finetuning', 'sampling', 'prediction', 'curriculum')
+    keep = ('strategy', 'generator', 'rounds', 'budget', 'start_fraction', 'phantom', 'training', 'judge', 'diffusion', 'pretraining', 'finetuning', 'sampling', 'prediction', 'checks', 'curriculum')
     given = {k: v for k, v in config.model_dump(mode='json').items() if k in keep}
     f = Folder(tmp_path/'real', notebook=str(ROOT/'nbs'/'experiments'/'active_learning.ipynb'), parameters=dict(given, cache=str(tmp_path/'cache')), vary=dict(seed=[0]))
     process = f.start(cores=1)  # one thread: sums of floating-point numbers depend on their order
