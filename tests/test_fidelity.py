@@ -98,3 +98,10 @@ def test_a_run_killed_in_the_gate_ends_with_the_same_record(tmp_path):
         process.join()
         assert before.exists() and not gate.exists(), 'the kill came too late to mean anything'
     assert done('killed') == whole and len(fidelity_files(tmp_path/'whole'/'run')) == 2
+
+
+def test_a_cold_start_measures_in_its_label_free_encoder(tmp_path, cache):
+    run_once(tmp_path/'run', cache, start_scheme='cold', encoder=dict(steps=3, batch_size=16), **ON)
+    table = read_fidelity(tmp_path)
+    assert table.extractor.str.startswith('encoder: in-domain test_resnet at 32 px').all()
+    assert ((table['class'] == 'all') & (table.measure == 'kid') & table.value.notna()).any()

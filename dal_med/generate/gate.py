@@ -164,7 +164,7 @@ def further_checks(
     features: np.ndarray | None = None, # (n, d) of the made images, for `near`
     embed: Callable | None = None, # -> (m, d) features of the pool, called if `near` is asked
     rng: int | np.random.Generator = 0,
-    cache: str | Path | None = None, # folder in which the limits of `registered` are kept: they depend on the pool alone, and cost half a minute
+    cache: str | Path | None = None, # folder in which the limits of `registered` are kept: they depend on the pool alone, and cost far more than the verdicts
 ) -> dict: # arguments of `gate`: `insane` and `copied`
     "Are the images photographs at all, and are they pieces of a pool image?"
     found, copied = {}, {}

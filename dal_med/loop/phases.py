@@ -10,10 +10,8 @@ __all__ = ['UNCERTAINTY', 'PHASES', 'Run', 'bought', 'write_picks', 'starts_cold
            'how_drawn', 'check_sampling', 'generate_phase', 'without_surplus', 'write_fidelity', 'gate_phase']
 
 # %% ../../nbs/6_loop/phases.ipynb #cb4889ea
-import inspect, json
+import functools, inspect, itertools, json
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Callable
 import numpy as np
@@ -213,7 +211,7 @@ def by_members(run: Run, round: int, images: np.ndarray) -> Prediction:
         models = snapshot_ensemble(first, known, labels, members=k, trained=True, **{**training, 'steps': max(training['steps']//k, 1)}, **told)
     else:
         def create(rng): return create_classifier(n_classes=len(run.classes), size=run.images.shape[1], rng=rng, **run.settings['classifier'])
-        models = chain([first], deep_ensemble(create, known, labels, members=k - 1, **training, **told))
+        models = itertools.chain([first], deep_ensemble(create, known, labels, members=k - 1, **training, **told))
     return predict_members(models, images)
 
 UNCERTAINTY = dict(dropout=by_dropout, laplace=by_laplace, ensemble=by_members, snapshot=by_members)
@@ -390,7 +388,7 @@ def gate_phase(run: Run, round: int, out: Path) -> None:
         history = train(judge, real, labels[rows], rng=run.rng('judge', 'train', round), progress=run.steps(round, 'gate', .8), **run.settings['judge']['training'])
         seen, known = predict(judge, made), predict(judge, real)
         pool = run.images[run.plan.pool]
-        of_pool = cache(lambda: predict(judge, pool).embeddings)
+        of_pool = functools.cache(lambda: predict(judge, pool).embeddings)
         decision = gate(made, intended, adjust(seen.probs, history['prior']), seen.embeddings, known.embeddings, labels[rows], signatures(made), signatures(pool),
                         copy_threshold(pool, run.groups[run.plan.pool]), **run.settings['gate'],
                         **further_checks(made, pool, run.groups[run.plan.pool], **(run.settings.get('checks') or {}), features=seen.embeddings,
