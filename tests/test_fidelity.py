@@ -79,7 +79,7 @@ def test_a_bought_label_does(measured, tmp_path, cache):
 
 def test_a_run_killed_in_the_gate_ends_with_the_same_record(tmp_path):
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['dal_med.run.execute'])
+    context.set_forkserver_preload(['dal_med.run.execute', 'dal_med.generate.pixel_diffusion', 'diffusers.models.unets.unet_2d'])
     def start(name):
         process = context.Process(target=run_once, args=(tmp_path/name/'run', tmp_path/name/'cache'), kwargs=ON)
         process.start()

@@ -14,8 +14,8 @@ def start(context, folder):
 
 
 def test_killed_runs_end_with_the_same_record(tmp_path):
-    context = multiprocessing.get_context('forkserver')  # imports torch once; each run is a fresh fork
-    context.set_forkserver_preload(['dal_med.run.execute'])
+    context = multiprocessing.get_context('forkserver')  # imports once; each run is a fresh fork
+    context.set_forkserver_preload(['dal_med.run.execute', 'dal_med.generate.pixel_diffusion', 'diffusers.models.unets.unet_2d'])
     records, seconds = [], 0.
     for name in ('first', 'second'):  # two undisturbed runs agree; the second is timed, the fork server being warm
         begin, process = time.monotonic(), start(context, tmp_path/name)

@@ -215,5 +215,5 @@ def pretraining_steps(encoder, images, accelerator, keep, progress, method, step
             if progress is not None: progress(step + 1, steps, losses[-1])
     finally:
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
-        accelerator.free_memory()
+        if accelerator.device.type != 'cpu': accelerator.free_memory()
     return losses, clock.seconds
