@@ -5,7 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from dal_med.generate.released import release
 from dal_med.loop.loop import active_learning
+from dal_med.loop.once_a_split import new_generator
 from dal_med.loop.plan import make_plan
 from dal_med.loop.record import record_files
 from dal_med.query.strategies import STRATEGIES
@@ -60,3 +62,19 @@ def test_the_check_can_fail(tmp_path, cache):
     labels[row] = next(c for c in data.classes if c != labels[row])
     b = active_learning(replace(data, metadata=data.metadata.assign(label=labels)), tmp_path/'b', settings, cache=cache, plan=plan)
     assert digests(a) != digests(b)
+
+
+def test_released_weights_must_not_have_seen_what_is_held_back(tmp_path, cache):
+    "A run may begin from a generator that others trained, unless that has learnt from one of the run's test images."
+    config = tiny(tmp_path/'a', cache)
+    data, settings = open_input(config), config.settings()
+    plan, ids = make_plan(data.labels, data.groups, seed=0, start_fraction=settings['start_fraction']), data.metadata.image_id.to_numpy(str)
+    model = new_generator(settings, len(data.classes), data.images.shape[1])
+    model.fit(data.images[plan.pool], np.full(len(plan.pool), -1), steps=2, batch_size=8)
+    for name, rows in (('pool', plan.pool), ('all but one', np.setdiff1d(np.arange(len(ids)), plan.test[1:]))): release(model, tmp_path/name, ids[rows], dict(name='phantom', also_in=[]))
+    begun = settings | dict(pretraining=dict(settings['pretraining'], steps=0, start=str(tmp_path/'all but one')))
+    with pytest.raises(ValueError, match=f'learnt from {1 + len(plan.validation)} of the {len(plan.validation) + len(plan.test)} images'): active_learning(data, tmp_path/'a', begun, cache=cache, plan=plan)
+    assert not [*(tmp_path/'a').glob('*.json')]
+    begun['pretraining']['start'] = str(tmp_path/'pool')
+    a = active_learning(data, tmp_path/'b', begun, cache=cache, plan=plan)
+    assert any(name.endswith('5_generate/images.npy') for name in digests(a))

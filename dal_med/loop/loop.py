@@ -13,7 +13,7 @@ import pandas as pd
 from ..data.datasets import Dataset
 from ..learn.classifier import weights_sha256
 from .asking import check_options
-from .once_a_split import new_generator
+from .once_a_split import check_start, new_generator
 from .oracle import SimulatedOracle
 from .phases import PHASES, Run, check_sampling, counts_validation, new_classifier, start_size, starts_cold
 from .plan import Plan, make_plan
@@ -56,7 +56,9 @@ def open_run(dataset: Dataset, folder: Path, cache: Path, settings: dict, plan: 
     plan = plan or make_plan(dataset.labels, dataset.groups, seed=settings['seed'], split_seed=settings['split_seed'], start_fraction=1. if full else settings['start_fraction'],
                              start_scheme='stratified' if full else settings.get('start_scheme', 'stratified'))
     check_settings(settings, plan)
-    if settings['generator'] != 'none': new_generator(settings, len(dataset.classes), dataset.images.shape[1]) # refuses images of a size that it cannot draw
+    if settings['generator'] != 'none':
+        check_start(settings, dataset.name, dataset.metadata.image_id.to_numpy(str)[np.r_[plan.validation, plan.test]])
+        new_generator(settings, len(dataset.classes), dataset.images.shape[1]) # refuses images of a size that it cannot draw
     counted = counts_validation(settings)
     run = Run(folder, cache, settings, dataset.images, dataset.metadata.image_id.to_numpy(str), np.asarray(dataset.groups), tuple(dataset.classes), plan,
               SimulatedOracle(dataset.labels[plan.pool]), progress, SimulatedOracle(dataset.labels[plan.validation]) if counted else None)

@@ -14,6 +14,7 @@ import numpy as np
 from ..data.atomic import sha256_array
 from ..data.datasets import Dataset
 from .chance import stream
+from .once_a_split import check_start
 from .oracle import SimulatedOracle
 from .plan import Plan, make_plan
 
@@ -89,6 +90,7 @@ def open_unit(dataset: Dataset, # its labels go to the oracle
              ) -> Unit:
     "Buy the labels, and hand out nothing but those."
     plan = plan or fixed_plan(dataset.labels, dataset.groups, settings['budget'], seed=settings['seed'], split_seed=settings['split_seed'], scheme=settings.get('start_scheme', 'stratified'))
+    check_start(settings, dataset.name, dataset.metadata.image_id.to_numpy(str)[np.r_[plan.validation, plan.test]])
     labels = np.full(len(plan.pool), -1, np.int64)
     labels[plan.start] = SimulatedOracle(dataset.labels[plan.pool]).buy(plan.start)
     return Unit(settings, Path(cache), dataset.images, dataset.metadata.image_id.to_numpy(str), np.asarray(dataset.groups), tuple(dataset.classes), plan, labels, progress)

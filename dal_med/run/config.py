@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Fraction', 'Share', 'Strict', 'Classifier', 'Training', 'Prediction', 'Judge', 'Curriculum', 'Diffusion',
-           'Fit', 'GanFit', 'Gan', 'Steer', 'Sampling', 'Gate', 'Checks', 'Measures', 'Allocation', 'Views', 'Encoder',
-           'Phantom', 'Config', 'explain', 'make_config', 'check_plain', 'read_yaml', 'notebook_config']
+           'Fit', 'Pretraining', 'GanFit', 'Gan', 'Steer', 'Sampling', 'Gate', 'Checks', 'Measures', 'Allocation',
+           'Views', 'Encoder', 'Phantom', 'Config', 'explain', 'make_config', 'check_plain', 'read_yaml',
+           'notebook_config']
 
 # %% ../../nbs/7_run/config.ipynb #17738c07
 import difflib
@@ -104,6 +105,17 @@ class Fit(Strict):
     labelled_share: Share = .5
     ema: Share = .999
     mixed_precision: Literal['no', 'fp16', 'bf16'] = 'no'
+
+class Pretraining(Fit):
+    "Before any label; it may begin from released weights."
+    later: ClassVar[set] = {'start'}
+    steps: Annotated[int, Field(ge=0)] = 200
+    start: str | None = None # folder written by `dal_med.generate.released.release`
+
+    @model_validator(mode='after')
+    def from_something(self):
+        if not self.steps and not self.start: raise ValueError('steps is 0 and start names no weights: a generator that has learnt nothing draws noise; give it steps, or weights to start from')
+        return self
 
 class GanFit(Strict):
     "Arguments of `StyleGAN.fit`, in the same two places."
@@ -229,7 +241,7 @@ class Config(Strict):
     training: Training = Training()
     prediction: Prediction = Prediction()
     diffusion: Diffusion = Diffusion()
-    pretraining: Fit = Fit()
+    pretraining: Pretraining = Pretraining()
     finetuning: Fit = Fit()
     stylegan: Gan = Gan() # with fits of its own
     sampling: Sampling = Sampling()

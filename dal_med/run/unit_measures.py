@@ -64,7 +64,7 @@ def units_of(config: Config,
     s, common = config.settings(), dict(size=shape.size, classes=len(shape.start))
     def training(section): return dict(common, classifier=section['classifier'], training={k: v for k, v in section['training'].items() if k != 'steps'})
     def model(**more): return common | {k: s[k] for k in ('generator', SECTIONS[s['generator']])} | more
-    def fit(name): return model(pool=shape.pool, labelled=name == 'finetuning', fit={k: v for k, v in s[name].items() if k != 'steps'})
+    def fit(name): return model(pool=shape.pool, labelled=name == 'finetuning', fit={k: v for k, v in s[name].items() if k not in ('steps', 'start')})
     labels = min(sum(shape.start) + s['budget']*(s['rounds'] - 1), shape.pool)
     units = dict(open=dict(dataset=config.dataset, cache=config.cache, phantom=config.phantom.model_dump(), classifier=s['classifier']), write={}, train=dict(training(s), saved=True), evaluate=dict(common, classifier=s['classifier'], views=s['prediction']['views'], passes=1, pool=0))
     if s['rounds'] > 1:
