@@ -83,6 +83,7 @@ def steering(
             direction = gradient if through == 'image' else torch.autograd.grad(predicted, x, gradient)[0]
         room = math.log(logits.shape[-1]) - raised.detach() if objective == 'entropy' else torch.full_like(raised, math.inf)
         return predicted.detach() + push(direction, gradient, room.clamp(0, nats), most)
+    steer.through = through # a sampler that keeps no gradients of its network asks
     return steer
 
 # %% ../../nbs/4_generate/guidance.ipynb #fd1d4251

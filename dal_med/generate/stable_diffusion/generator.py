@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch.nn import functional as F
 from ...data.atomic import replace_folder, sha256_array, write_json
 from ..batches import check_images
+from ..guidance import steered
 from .base_model import MIRROR, load_base
 from .latents import embed_prompts
 from .ledger import Ledger, phase
@@ -193,8 +194,10 @@ def sample(self: StableDiffusion,
     batch_size: int = 8,
     solver: str = 'dpm', # or 'unipc'
     metadata: pd.DataFrame | None = None, # n rows: patients to draw; None: no one in particular
+    steer: Callable | None = None, # changes what each step walks towards: from `guidance.steering`, through='image'
 ) -> np.ndarray: # uint8 (n, size, size, 3)
     "Draw images of classes."
+    if getattr(steer, 'through', 'image') != 'image': raise ValueError("steering goes through the network, whose gradients are not kept here; make it with through='image', which asks the autoencoder's decoder alone")
     if not self.names(): raise ValueError('this model has learned nothing yet; call fit first')
     labels, seed = np.asarray(labels).astype(np.int64), int(np.random.default_rng(rng).integers(2**31))
     may = [*self.seen, -1] if self.adapters == 'shared' else self.seen
@@ -205,7 +208,7 @@ def sample(self: StableDiffusion,
     side, out = self.resolution//self.base.pipe.vae_scale_factor, []
     noise = torch.randn(len(labels), self.base.denoiser.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed))
     with phase(self.ledger, 'prompts'): hidden, pooled = embed_prompts(self.base, prompts, self.cache, self.device)
-    with phase(self.ledger, 'sample') as now, self.drawing(solver) as draw:
+    with phase(self.ledger, 'sample') as now, self.drawing(solver, steer) as draw:
         for start in range(0, len(labels), batch_size):
             now.step()
             part = slice(start, start + batch_size)
@@ -217,22 +220,25 @@ def sample(self: StableDiffusion,
 @contextlib.contextmanager
 def drawing(self: StableDiffusion,
     solver: str,
+    steer: Callable | None = None, # as in `sample`
 ): # yields a function that draws a batch
     "Inside the block the pipeline is on the device with a fast solver."
     pipe, own = self.base.pipe, self.base.pipe.scheduler
     parts = [self.base.denoiser, pipe.vae]
+    def pixels(z): # latents -> (n, 3, size, size) in 0..1, gradients included
+        z = z.float()/pipe.vae.config.scaling_factor + (getattr(pipe.vae.config, 'shift_factor', None) or 0.)
+        x = torch.cat([pipe.vae.decode(one).sample for one in z.split(4)])
+        if x.shape[-1] != self.size: x = F.interpolate(x, (self.size, self.size), mode='bicubic', antialias=True)
+        return (x.clamp(-1, 1) + 1)/2
     def draw(noise, said, labels, hidden, pooled, guidance, steps):
         both = 2 if guidance > 1 else 1
         given = dict(prompt_embeds=hidden[said], negative_prompt_embeds=hidden[:1].expand(len(said), -1, -1))
         if pooled is not None: given |= dict(pooled_prompt_embeds=pooled[said], negative_pooled_prompt_embeds=pooled[:1].expand(len(said), -1))
         given, half = {k: v.to(self.device) for k, v in given.items()}, torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bf16')
-        with half, adapter_of_each_row(self.base, [self.adapter_of(label) for label in labels.tolist()]*both):
+        with half, adapter_of_each_row(self.base, [self.adapter_of(label) for label in labels.tolist()]*both), steered(pipe.scheduler, steer, pixels, torch.from_numpy(labels).to(self.device)):
             z = pipe(**given, latents=noise.to(self.device), guidance_scale=guidance, num_inference_steps=steps,
                      height=self.resolution, width=self.resolution, output_type='latent').images
-        z = z.float()/pipe.vae.config.scaling_factor + (getattr(pipe.vae.config, 'shift_factor', None) or 0.)
-        x = torch.cat([pipe.vae.decode(one).sample for one in z.split(4)])
-        if x.shape[-1] != self.size: x = F.interpolate(x, (self.size, self.size), mode='bicubic', antialias=True)
-        return ((x.clamp(-1, 1) + 1)*127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return (pixels(z)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     pipe.scheduler = make_solver(own, solver)
     for part in parts: part.to(self.device)
     try: yield draw
