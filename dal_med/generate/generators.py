@@ -10,7 +10,7 @@ import importlib
 from difflib import get_close_matches
 
 # %% ../../nbs/4_generate/generators.ipynb #d382cfef
-GENERATORS = dict(pixel_diffusion='pixel_diffusion.PixelDiffusion', stylegan='stylegan.generator.StyleGAN') # name -> module.Class of this room
+GENERATORS = dict(pixel_diffusion='pixel_diffusion.PixelDiffusion', stylegan='stylegan.generator.StyleGAN', stable_diffusion='stable_diffusion.generator.StableDiffusion') # name -> module.Class of this room
 
 # %% ../../nbs/4_generate/generators.ipynb #65071572
 def get_generator(

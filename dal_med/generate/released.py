@@ -9,10 +9,9 @@ __all__ = ['WEIGHTS', 'id_digests', 'release', 'read_origin', 'check_held_back',
 import hashlib, json
 from pathlib import Path
 import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from ..data.atomic import replace_folder, write_json
-from .pixel_diffusion import PixelDiffusion
+from .generators import get_generator
 
 # %% ../../nbs/4_generate/released.ipynb #f9dcc211
 def id_digests(image_ids) -> np.ndarray: # (n,) uint64, sorted
@@ -22,7 +21,7 @@ def id_digests(image_ids) -> np.ndarray: # (n,) uint64, sorted
 # %% ../../nbs/4_generate/released.ipynb #b81759fe
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
-def release(model: PixelDiffusion, # after label-free training; one that has seen labels is refused
+def release(model, # a PixelDiffusion after label-free training; one that has seen labels is refused
             folder: str | Path, # must not exist, or be empty
             image_ids, # (n,) str, every image that it has learnt from
             origin: dict # what to tell of the training: data set, licence, split, steps
@@ -61,11 +60,11 @@ def check_held_back(folder: str | Path, # of released weights
                          f'split_seed {origin.get("split_seed", "of its training")} alone, and on images that it has never seen. Choose that split, or leave pretraining.start out')
 
 # %% ../../nbs/4_generate/released.ipynb #953f3161
-def start_from(model: PixelDiffusion, # new; changed in place
+def start_from(model, # a new PixelDiffusion; changed in place
                folder: str | Path # of released weights
-              ) -> PixelDiffusion: # the same
+              ): # the same
     "Give a new generator the released weights; it may know other classes, and each begins as nothing in particular."
-    given = PixelDiffusion.load(folder)
+    given = get_generator('pixel_diffusion').load(folder)
     differ = [f'{k} {v!r} (here {model.options[k]!r})' for k, v in given.options.items() if k != 'classes' and v != model.options[k]]
     if differ: raise ValueError(f'{folder} holds a generator of {", ".join(differ)}; set these in the section `diffusion` of the configuration and prepare the images at that size, or leave pretraining.start out')
     state = given.network.state_dict()

@@ -46,7 +46,7 @@ def label_free(unit: Unit, source: str) -> Path: # folder of a generator
     "The generator that has seen the pool's pixels and no label."
     s = sections_of(unit, source)
     settings = unit.settings | {'generator': s['generator'], SECTIONS[s['generator']]: s['create'], 'pretraining': s['pretraining']}
-    return pretrained(unit.pool, len(unit.classes), settings, unit.cache, unit.steps(.5))
+    return pretrained(unit.pool, unit.classes, settings, unit.cache, unit.steps(.5))
 
 # %% ../../nbs/6_loop/candidates.ipynb #d428c3cb
 def learnt(unit: Unit, kind: str, key: str,

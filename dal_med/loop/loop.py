@@ -58,7 +58,7 @@ def open_run(dataset: Dataset, folder: Path, cache: Path, settings: dict, plan: 
     check_settings(settings, plan)
     if settings['generator'] != 'none':
         check_start(settings, dataset.name, dataset.metadata.image_id.to_numpy(str)[np.r_[plan.validation, plan.test]])
-        new_generator(settings, len(dataset.classes), dataset.images.shape[1]) # refuses images of a size that it cannot draw
+        new_generator(settings, dataset.classes, dataset.images.shape[1]) # refuses images of a size that it cannot draw
     counted = counts_validation(settings)
     run = Run(folder, cache, settings, dataset.images, dataset.metadata.image_id.to_numpy(str), np.asarray(dataset.groups), tuple(dataset.classes), plan,
               SimulatedOracle(dataset.labels[plan.pool]), progress, SimulatedOracle(dataset.labels[plan.validation]) if counted else None)

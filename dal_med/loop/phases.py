@@ -36,7 +36,7 @@ from .asking import told
 from .chance import stream
 from .curriculum import balanced_score, choose_ratio, curriculum, image_weights, within_ratio
 from .fidelity import fidelity
-from .once_a_split import encoder, pretrained
+from .once_a_split import LATENT, encoder, load_generator, pretrained
 from .oracle import SimulatedOracle
 from .plan import Plan
 from ..measure.synthetic.features import in_domain
@@ -325,6 +325,8 @@ def check_sampling(settings: dict) -> None:
     there = inspect.signature(get_generator(settings['generator']).sample).parameters
     lacks = [dict(steer='sampling.steer', start='sampling.image_to_image')[k] for k, wish in asked.items() if wish and k not in there]
     if lacks: raise ValueError(f'{" and ".join(lacks)}: the generator {settings["generator"]} cannot be steered or started in this way; leave it out, or take pixel_diffusion')
+    if asked['steer'] and settings['generator'] in LATENT and settings['sampling']['steer']['through'] == 'network':
+        raise ValueError(f"sampling.steer.through is 'network', and {settings['generator']} keeps no gradients of its network; set it to 'image'")
 
 # %% ../../nbs/6_loop/phases.ipynb #2cd0f7cb
 def generate_phase(run: Run, round: int, out: Path) -> None:
@@ -335,7 +337,7 @@ def generate_phase(run: Run, round: int, out: Path) -> None:
     wanted, made, more = np.repeat(np.arange(len(run.classes)), drawn), run.images[:0], {}
     if len(wanted):
         earlier = run.phase(round - 1, '5_generate')/'generator'
-        generator = get_generator(run.settings['generator']).load(earlier if earlier.exists() else pretrained(run.images[run.plan.pool], len(run.classes), run.settings, run.cache, run.steps(-1, 'pretrain')))
+        generator = load_generator(run.settings, earlier if earlier.exists() else pretrained(run.images[run.plan.pool], run.classes, run.settings, run.cache, run.steps(-1, 'pretrain')), run.cache/'latents')
         generator.fit(run.images[run.plan.pool], labels, rng=run.rng('generator', round), progress=run.steps(round, 'generate', .8), **run.settings['finetuning'])
         generator.save(out/'generator')
         options, more = how_drawn(run, round, labels, wanted)

@@ -14,7 +14,7 @@ import pandas as pd
 from ..data.command import command
 from ..loop.once_a_split import generator_key
 from ..loop.record import read_seconds
-from .config import Config
+from .config import OWN, Config
 from .execute import open_input
 from .grid import Sweep, read_sweep
 from .unit_costs import UnitCosts, unit_costs
@@ -93,8 +93,8 @@ def forecast(sweep: Sweep, # checked
     for name, run in sweep.runs.items():
         c = run.config
         runs[name] = c, shape(c.dataset, c.cache, c.phantom.model_dump_json(), strategy=c.strategy, seed=c.seed, split_seed=c.split_seed, start_fraction=c.start_fraction, start_scheme=c.start_scheme)
-        if c.generator != 'none' and first_made(c.settings(), runs[name][1]) is not None:
-            shared[name] = str(Path(c.cache)/key(json.dumps(c.model_dump(include={'dataset', 'cache', 'phantom', 'split_seed', 'generator', 'diffusion', 'pretraining', 'stylegan'}), sort_keys=True)))
+        if c.generator != 'none' and c.settings()['pretraining']['steps'] and first_made(c.settings(), runs[name][1]) is not None:
+            shared[name] = str(Path(c.cache)/key(json.dumps(c.model_dump(include={'dataset', 'cache', 'phantom', 'split_seed', 'generator', 'diffusion', 'pretraining', *OWN}), sort_keys=True)))
     at_once, threads, workers = places(sweep, cores, gpus)
     costs = unit_costs(runs.values(), sweep.notebook, workers, threads, seconds, progress)
     return Forecast(runs, costs, shared, {k for k in shared.values() if Path(k).exists()}, at_once)

@@ -25,7 +25,7 @@ from ..generate.guidance import steering
 from ..learn.classifier import create_classifier, save_classifier, weights_sha256
 from ..learn.prediction import predict
 from ..learn.training import make_accelerator, train
-from ..loop.once_a_split import SECTIONS, new_generator
+from ..loop.once_a_split import SECTIONS, load_generator, new_generator
 from ..loop.phases import trained
 from ..loop.plan import Plan, make_plan
 from ..loop.record import write_phase
@@ -71,7 +71,8 @@ def units_of(config: Config,
         units |= dict(predict=dict(common, classifier=s['classifier'], views=1, passes=s['prediction']['passes'], pool=shape.pool),
                       query=dict(common, classifier=s['classifier'], passes=s['prediction']['passes'], pool=shape.pool, strategy=s['strategy'], labels=labels, budget=s['budget']))
     if s['rounds'] > 1 and s['generator'] != 'none':
-        units |= dict(pretraining=fit('pretraining'), finetuning=fit('finetuning'), sampling=model(sampling=s['sampling'], **({'classifier': s['classifier']} if 'steer' in s['sampling'] else {})), judge=dict(training(s['judge']), saved=False),
+        if s['pretraining']['steps']: units |= dict(pretraining=fit('pretraining'))
+        units |= dict(finetuning=fit('finetuning'), sampling=model(sampling=s['sampling'], **({'classifier': s['classifier']} if 'steer' in s['sampling'] else {})), judge=dict(training(s['judge']), saved=False),
                       judged=dict(common, classifier=s['judge']['classifier'], training={k: v for k, v in s['judge']['training'].items() if k != 'steps'}),
                       gate=dict(common, pool=shape.pool, labels=labels, classifier=s['judge']['classifier'], gate=s['gate']))
     return units
@@ -230,7 +231,7 @@ def measure_fit(a: dict, scratch: Path, seconds: float) -> dict:
     cost = step_cost(lambda steps, progress: generator.fit(images, labels, steps=steps, progress=progress, **a['fit']), seconds)
     began = time.perf_counter()
     generator.save(folder)
-    get_generator(a['generator']).load(folder)
+    load_generator(a, folder)
     return dict(fixed=cost['fixed'] + time.perf_counter() - began, each=cost['each'], heavy=sum(p.stat().st_size for p in folder.iterdir()))
 
 # %% ../../nbs/7_run/unit_measures.ipynb #a6b4e91e

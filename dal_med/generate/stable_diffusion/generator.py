@@ -257,7 +257,7 @@ def save(self: StableDiffusion,
             weights = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.base.denoiser, adapter_name=name).items()}
             config = self.base.denoiser.peft_config[name].to_dict()
             kept = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-            (part/f'{name}.safetensors').write_bytes(save(weights, dict(format='pt', lora_adapter_metadata=json.dumps(kept, default=str, sort_keys=True))))
+            (part/f'{name}.safetensors').write_bytes(save(weights, dict(lora_adapter_metadata=json.dumps(kept, default=str, sort_keys=True)))) # one entry: safetensors writes several in any order, and the same adapter would be other bytes
         write_json(part/'stable_diffusion.json', dict(options=self.options, base=self.base.record() | dict(source=self.base.source if self.base.revision else None), seen=self.seen, adapters=self.adapters_sha256()))
 
 # %% ../../../nbs/4_generate/stable_diffusion/generator.ipynb #2581431b
