@@ -47,6 +47,7 @@ ARMS = dict(
     diffusion_kept=dict(source='diffusion', gated=True, draws='kept'),
 )
 
+# %% ../../nbs/6_loop/fixed_labels.ipynb #886bf82b
 def arm_of(name: str) -> dict: # training, source, gated, pick, share, draws
     "An arm with everything that it does not say."
     if name not in ARMS: raise ValueError(f'arm is {name!r}; there are: {", ".join(ARMS)}')
@@ -200,6 +201,7 @@ def check_study(settings: dict) -> dict: # the same
     if foreign: raise ValueError(f'{", ".join(foreign)} mean something in the active-learning loop and nothing in a study at a fixed number of labels; there it is part of an arm, or of its source (ARMS of loop.fixed_labels, SOURCES of loop.candidates)')
     return settings
 
+# %% ../../nbs/6_loop/fixed_labels.ipynb #c8735b08
 def open_record(folder: Path, unit: Unit, dataset: Dataset, settings: dict, spare: float, most: float) -> None:
     "Claim the folder and check what is in it; its lock is held by whoever calls."
     claim(folder, dict(settings=settings, spare=spare, most=most, dataset=dict(name=dataset.name, sha256=dataset.sha256), classes=unit.classes, plan=unit.plan.sha256, bought=unit.counts.tolist()))

@@ -42,6 +42,7 @@ def load_generator(settings: dict, # as in `new_generator`
     name = settings['generator']
     return get_generator(name).load(folder, **({k: settings[name][k] for k in OURS if k in settings[name]} | dict(cache=cache) if name in LATENT else {}))
 
+# %% ../../nbs/6_loop/once_a_split.ipynb #0abd9e2f
 def check_start(settings: dict, # as in `new_generator`
                 dataset: str, # its name
                 image_ids: np.ndarray # (n,) str, held back for validation and test

