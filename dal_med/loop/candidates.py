@@ -150,7 +150,7 @@ def judged(unit: Unit,
     return gate(made, classes, adjust(seen.probs, prior), seen.embeddings, known.embeddings, unit.labels[unit.rows], signatures(made), signatures(unit.pool),
                 copy_threshold(unit.pool, unit.groups[unit.plan.pool]), **unit.settings['gate'],
                 **further_checks(made, unit.pool, unit.groups[unit.plan.pool], **(unit.settings.get('checks') or {}), features=seen.embeddings,
-                                 embed=lambda: predict(judge, unit.pool).embeddings, rng=unit.rng('checks'))).assign(unsure=unsure)
+                                 embed=lambda: predict(judge, unit.pool).embeddings, rng=unit.rng('checks'), cache=unit.cache)).assign(unsure=unsure)
 
 def candidates(unit: Unit,
                source: str, # a key of SOURCES
