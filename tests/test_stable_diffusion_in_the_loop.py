@@ -1,16 +1,15 @@
 """Stable Diffusion as the generator of a run, on a tiny twin with random weights: adapters learn from bought labels alone, round by round."""
 import json
-import numpy as np
-import pandas as pd
 import pytest
 from dal_med.generate.stable_diffusion.extra import lora_missing
 from dal_med.loop.loop import active_learning
-from dal_med.loop.record import record_files
-from dal_med.run.config import make_config
+from dal_med.run.config import Lora, make_config
+from other_generators import a_bought_label_changes, each_image_is_judged, run_of, unbought_labels_change_nothing
 from test_firewall import digests
-from test_guided_generation import inputs, permuted
+from test_guided_generation import inputs
 
 if lora_missing(): pytest.skip(f'{" and ".join(lora_missing())} not installed (pip install "dal_med[lora]")', allow_module_level=True)
+from dal_med.generate.stable_diffusion.base_model import MIRROR
 
 
 @pytest.fixture(scope='module')
@@ -19,39 +18,27 @@ def twin(tmp_path_factory):
     return write_twin(tmp_path_factory.mktemp('base')/'sd')
 
 
-def lora(twin, **changes): return dict(generator='stable_diffusion', stable_diffusion=dict(base=str(twin), rank=4, finetuning=dict(steps=2), sampling=dict(steps=2)) | changes)
+def lora(twin, **changes): return dict(generator='stable_diffusion', stable_diffusion=dict(base=str(twin), rank=4, pretraining=dict(steps=1), finetuning=dict(steps=2), sampling=dict(steps=2)) | changes)
 
 
 @pytest.fixture(scope='module')
-def first(twin, tmp_path_factory):
-    "A run, and what it was given."
-    folder, cache = tmp_path_factory.mktemp('run'), tmp_path_factory.mktemp('cache')
-    data, settings, plan = inputs(folder/'a', cache, **lora(twin))
-    return active_learning(data, folder/'a', settings, cache=cache, plan=plan), data, settings, plan, cache
+def first(twin, tmp_path_factory): return run_of(tmp_path_factory, **lora(twin))
 
 
-def test_unbought_labels_change_nothing(first, tmp_path):
-    "Nor without the latents and prompts that the first run kept."
-    a, data, settings, plan, _ = first
-    bought = np.unique(np.concatenate([pd.read_parquet(p).position for p in a.glob('rounds/*/*/picks.parquet')]))
-    b = active_learning(permuted(data, np.setdiff1d(np.arange(len(data.labels)), plan.pool[bought])), tmp_path/'b', settings, cache=tmp_path/'cache', plan=plan)
-    assert digests(a) == digests(b) and record_files(a) == record_files(b)
+def test_unbought_labels_change_nothing(first, tmp_path): unbought_labels_change_nothing(first, tmp_path)
+def test_a_bought_label_changes_what_is_made(first, tmp_path): a_bought_label_changes(first, tmp_path, 'shared.safetensors')
 
 
-def test_a_bought_label_changes_what_is_made(first, tmp_path):
+def test_what_was_made_is_judged_and_prompts_name_the_classes(first):
     a, data, settings, plan, cache = first
-    b = active_learning(permuted(data, plan.pool[plan.start]), tmp_path/'b', settings, cache=cache, plan=plan)
-    changed = {name for name, digest in digests(b).items() if digests(a).get(name) != digest}
-    assert {'00/5_generate/images.npy', '00/5_generate/generator/shared.safetensors', '01/5_generate/images.npy'} <= changed
+    each_image_is_judged(a)
+    kept = json.loads((a/'rounds'/'01'/'5_generate'/'generator'/'stable_diffusion.json').read_text())
+    assert kept['options']['classes'] == [*data.classes] and [*(cache/'latents').glob('*.safetensors')]
+    label_free, = (p for p in cache.glob('generator-*') if p.is_dir())
+    assert json.loads((label_free/'stable_diffusion.json').read_text())['seen'] == [] and json.loads((cache/f'{label_free.name}.json').read_text())['steps'] == 1
 
 
-def test_what_was_made_is_judged_and_the_adapter_goes_on(first):
-    a, data, settings, plan, cache = first
-    for r in range(2):
-        made, verdict = (pd.read_parquet(a/'rounds'/f'{r:02d}'/p) for p in ('5_generate/synthetic.parquet', '6_gate/decisions.parquet'))
-        assert len(made) == len(verdict) > 0
-    kept = [json.loads((a/'rounds'/'01'/'5_generate'/'generator'/'stable_diffusion.json').read_text())]
-    assert kept[0]['options']['classes'] == [*data.classes] and [*(cache/'latents').glob('*.safetensors')]
+def test_the_base_is_the_pinned_one(): assert Lora().base == MIRROR
 
 
 def test_steered_through_the_decoder(twin, first, tmp_path):

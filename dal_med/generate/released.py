@@ -15,7 +15,7 @@ from .generators import get_generator
 
 # %% ../../nbs/4_generate/released.ipynb #f9dcc211
 def id_digests(image_ids) -> np.ndarray: # (n,) uint64, sorted
-    "What stands for image identifiers; the extension of a file does not count."
+    "What stands for image identifiers."
     return np.sort(np.array([int.from_bytes(hashlib.blake2b(str(i).encode(), digest_size=8).digest(), 'little') for i in image_ids], np.uint64))
 
 # %% ../../nbs/4_generate/released.ipynb #b81759fe

@@ -175,7 +175,7 @@ class Lora(Strict):
     gib: Annotated[float, Field(gt=0)] | None = 16. # cap on memory
     seconds: Annotated[float, Field(gt=0)] | None = None # cap on the time of a round's fit and sampling
     precision: Literal['no', 'bf16'] | None = None
-    pretraining: LoraFit = LoraFit(steps=0, labelled_share=0.) # without labels; 0 steps: none
+    pretraining: LoraFit = LoraFit(steps=0) # without labels; 0 steps: none
     finetuning: LoraFit = LoraFit()
     sampling: LoraSampling = LoraSampling()
 
