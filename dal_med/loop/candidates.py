@@ -33,7 +33,7 @@ SOURCES = dict( # name -> the generator, and how images are drawn from it
     diffusion=dict(generator='pixel_diffusion'),
     guided=dict(generator='pixel_diffusion', way='steered', steer=dict(objective='entropy')), # towards what the learner is unsure of
     from_pool=dict(generator='pixel_diffusion', way='varied', strength=.6), # from the noised pixels of unlabelled images that the learner is unsure of
-    gan=dict(generator='stylegan', create={}, pretraining=dict(kimg=200), finetuning=dict(kimg=10), sampling={}),
+    gan=dict(generator='stylegan', create=dict(width=8, widest=128), pretraining=dict(kimg=200), finetuning=dict(kimg=5), sampling={}), # sizes for a processor: at 64 px about an hour and two minutes of a core
 )
 
 def sections_of(unit: Unit, source: str) -> dict: # generator, way and its options, create, pretraining, finetuning, sampling
