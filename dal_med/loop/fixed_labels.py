@@ -43,6 +43,7 @@ ARMS = dict(
     diffusion_guided=dict(source='guided', gated=True),
     diffusion_uncertain=dict(source='diffusion', gated=True, pick='uncertain'),
     diffusion_from_pool=dict(source='from_pool', gated=True),
+    diffusion_guessed=dict(source='guessed', gated=True),
     diffusion_quarter=dict(source='diffusion', gated=True, share=.25),
     diffusion_most=dict(source='diffusion', gated=True, share=.8),
     diffusion_kept=dict(source='diffusion', gated=True, draws='kept'),
