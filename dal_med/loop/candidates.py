@@ -132,14 +132,14 @@ def images_of(unit: Unit, source: str,
     s, fit = sections_of(unit, source), fitted(unit, source)
     options = {k: v for k, v in s.items() if k not in ('generator', 'guesses', 'way', 'create', 'pretraining', 'finetuning', 'sampling')}
     generator, found, seconds = None, [unit.images[:0]], cost(fit)
-    told = [] if s['way'] == 'drawn' else [unit.labels, unit.pool_sha256, *(str(unit.settings[k]) for k in ('training', 'classifier'))]
+    told = {} if s['way'] == 'drawn' else dict(learner=content_key(unit.labels, unit.pool_sha256, **{k: unit.settings[k] for k in ('training', 'classifier')}))
     origin = dict(generator=folder_digest(fit/'generator'), seed=unit.settings['seed'], way=s['way'], sampling=s['sampling'], options=options)
     for c in np.flatnonzero(number):
         def work(out, c=c):
             nonlocal generator
             generator = generator or get_generator(s['generator']).load(fit/'generator')
             np.save(out/'images.npy', WAYS[s['way']](unit, generator, np.full(number[c], c), unit.rng('sample', c), s['sampling'], **options))
-        folder = kept(unit.cache, 'candidates', content_key(*told, **origin, label=int(c), number=int(number[c])), work)
+        folder = kept(unit.cache, 'candidates', content_key(**told, **origin, label=int(c), number=int(number[c])), work)
         found.append(np.load(folder/'images.npy'))
         seconds += cost(folder)
         unit.progress(.5 + .4*number[:c + 1].sum()/number.sum())
