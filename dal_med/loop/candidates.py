@@ -34,15 +34,17 @@ SOURCES = dict( # name -> the generator, and how images are drawn from it
     diffusion=dict(generator='pixel_diffusion'),
     guided=dict(generator='pixel_diffusion', way='steered', steer=dict(objective='entropy')), # towards what the learner is unsure of
     from_pool=dict(generator='pixel_diffusion', way='varied', strength=.6), # from the noised pixels of unlabelled images that the learner is unsure of
+    judges=dict(generator='pixel_diffusion', judges=5), # the images of `diffusion`, before five judges
+    stronger=dict(generator='pixel_diffusion', finetuning=dict(steps=450, batch_size=32, lr=.001, labelled_share=.75), sampling=dict(guidance=3., steps=12)), # three times the study's steps with labels, and twice its guidance
     guessed=dict(generator='pixel_diffusion', guesses=1.), # whose classes hold as many unlabelled images again, those that the learner is surest of
     gan=dict(generator='stylegan', create=dict(width=8, widest=128), pretraining=dict(kimg=200), finetuning=dict(kimg=5), sampling={}), # sizes for a processor: at 64 px about an hour and two minutes of a core
 )
 
-def sections_of(unit: Unit, source: str) -> dict: # generator, guesses, way and its options, create, pretraining, finetuning, sampling
+def sections_of(unit: Unit, source: str) -> dict: # generator, guesses, judges, way and its options, create, pretraining, finetuning, sampling
     "A source with the configuration's sections where it has none of its own."
     if source not in SOURCES: raise ValueError(f'source is {source!r}; there are: {", ".join(SOURCES)}')
     ours = dict(create=unit.settings['diffusion'], pretraining=unit.settings['pretraining'], finetuning=unit.settings['finetuning'], sampling=unit.settings['sampling'])
-    return dict(way='drawn', guesses=0.) | ours | SOURCES[source]
+    return dict(way='drawn', guesses=0., judges=1) | ours | SOURCES[source]
 
 def label_free(unit: Unit, source: str) -> Path: # folder of a generator
     "The generator that has seen the pool's pixels and no label."
@@ -51,7 +53,7 @@ def label_free(unit: Unit, source: str) -> Path: # folder of a generator
     return pretrained(unit.pool, unit.classes, settings, unit.cache, unit.steps(.5))
 
 # %% ../../nbs/6_loop/candidates.ipynb #c4d1a7e2
-def learner(unit: Unit, name: str = 'learner'): # classifier on its device, and the prior it was trained under; 'judge': the gate's own
+def learner(unit: Unit, name: str = 'learner'): # classifier on its device, and the prior it was trained under; 'judge', 'judge-1' and so on: the gate's own
     "A classifier that knows the bought labels alone."
     options, training = (unit.settings[k] if name == 'learner' else unit.settings['judge'][k] for k in ('classifier', 'training'))
     real, labels = unit.pool[unit.rows], unit.labels[unit.rows]
@@ -130,7 +132,7 @@ def images_of(unit: Unit, source: str,
              ) -> tuple[np.ndarray, np.ndarray, float]: # (n, h, w, 3) uint8, (n,) classes, processor seconds of fitting and drawing
     "Candidates of all classes, class by class."
     s, fit = sections_of(unit, source), fitted(unit, source)
-    options = {k: v for k, v in s.items() if k not in ('generator', 'guesses', 'way', 'create', 'pretraining', 'finetuning', 'sampling')}
+    options = {k: v for k, v in s.items() if k not in ('generator', 'guesses', 'judges', 'way', 'create', 'pretraining', 'finetuning', 'sampling')}
     generator, found, seconds = None, [unit.images[:0]], cost(fit)
     told = {} if s['way'] == 'drawn' else dict(learner=content_key(unit.labels, unit.pool_sha256, **{k: unit.settings[k] for k in ('training', 'classifier')}))
     origin = dict(generator=folder_digest(fit/'generator'), seed=unit.settings['seed'], way=s['way'], sampling=s['sampling'], options=options)
@@ -148,13 +150,16 @@ def images_of(unit: Unit, source: str,
 # %% ../../nbs/6_loop/candidates.ipynb #fb750233
 def judged(unit: Unit,
            made: np.ndarray, # (n, h, w, 3) uint8
-           classes: np.ndarray # (n,) intended
+           classes: np.ndarray, # (n,) intended
+           judges: int = 1 # their mean decides
           ) -> pd.DataFrame: # from `gate`, and `unsure`: entropy in nats
     "The gate's decision on each candidate, and how unsure of it the learner is."
     (judge, prior), (model, usual) = learner(unit, 'judge'), learner(unit)
     seen, known = predict(judge, made), predict(judge, unit.pool[unit.rows])
+    others = [adjust(predict(one, made).probs, its) for one, its in (learner(unit, f'judge-{i}') for i in range(1, judges))]
+    said = np.mean([adjust(seen.probs, prior), *others], axis=0) if others else adjust(seen.probs, prior)
     unsure = uncertainty(adjust(predict(model, made).probs, usual)).astype(np.float32)
-    return gate(made, classes, adjust(seen.probs, prior), seen.embeddings, known.embeddings, unit.labels[unit.rows], signatures(made), signatures(unit.pool),
+    return gate(made, classes, said, seen.embeddings, known.embeddings, unit.labels[unit.rows], signatures(made), signatures(unit.pool),
                 copy_threshold(unit.pool, unit.groups[unit.plan.pool]), **unit.settings['gate'],
                 **further_checks(made, unit.pool, unit.groups[unit.plan.pool], **(unit.settings.get('checks') or {}), features=seen.embeddings,
                                  embed=lambda: predict(judge, unit.pool).embeddings, rng=unit.rng('checks'), cache=unit.cache)).assign(unsure=unsure)
@@ -166,10 +171,11 @@ def candidates(unit: Unit,
               ) -> tuple[np.ndarray, pd.DataFrame, dict]: # images (n, h, w, 3) uint8; a row an image: label, admitted, reason, scores; processor seconds
     "All synthetic images of a unit from one source, with the gate's verdict, in the order in which arms take them."
     made, classes, seconds = images_of(unit, source, wanted(unit, most, spare))
+    judges = sections_of(unit, source)['judges']
     def work(out):
-        table = judged(unit, made, classes) if len(made) else pd.DataFrame(dict(admitted=np.zeros(0, bool), reason=np.zeros(0, str), unsure=np.zeros(0, np.float32)))
+        table = judged(unit, made, classes, judges) if len(made) else pd.DataFrame(dict(admitted=np.zeros(0, bool), reason=np.zeros(0, str), unsure=np.zeros(0, np.float32)))
         write_parquet(out/'decisions.parquet', table)
-    key = content_key(made, classes, unit.labels, unit.pool_sha256, **{k: unit.settings[k] for k in ('judge', 'gate', 'classifier', 'training')}, checks=unit.settings.get('checks'), seed=unit.settings['seed'])
+    key = content_key(made, classes, unit.labels, unit.pool_sha256, **{k: unit.settings[k] for k in ('judge', 'gate', 'classifier', 'training')}, checks=unit.settings.get('checks'), seed=unit.settings['seed'], **({'judges': judges} if judges > 1 else {}))
     folder = kept(unit.cache, 'judged', key, work)
     decisions = pd.read_parquet(folder/'decisions.parquet')
     decisions.insert(0, 'label', np.array(unit.classes)[classes])
