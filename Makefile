@@ -32,9 +32,10 @@ demo: $(VENV)/ready
 	@echo 'records              $(DEMO)/runs'
 	@echo 'learning curves      $(DEMO)/learning_curves_balanced_accuracy.png'
 
+# more workers than the usual two cores: tests that start other processes wait for them
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 3 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist worksteal tests
 
 notebooks: $(VENV)/ready
 	$(BIN)/nbdev_export

@@ -11,7 +11,7 @@ from dal_med.loop.record import record_files
 from dal_med.loop.unit import fixed_plan
 from tiny import tiny
 
-ARMS = ['none', 'traditional', 'oversampling', 'diffusion', 'diffusion_gated', 'diffusion_guided', 'diffusion_uncertain', 'diffusion_from_pool', 'diffusion_guessed']
+ARMS = ['none', 'traditional', 'oversampling', 'diffusion', 'diffusion_gated', 'diffusion_guided', 'diffusion_uncertain', 'diffusion_from_pool', 'diffusion_guessed', 'diffusion_judges', 'diffusion_first']
 
 
 def settings(**changes): return tiny('unused', 'unused', budget=40, arms=ARMS, ratios=[1., 2.], generator='none', strategy='random', **changes).settings()
@@ -44,7 +44,7 @@ def test_unbought_labels_change_nothing(data, undisturbed, tmp_path):
     assert (permuted.labels != data.labels).mean() > .1
     files = record_files(study(permuted, tmp_path, plan))
     assert files == record_files(undisturbed)
-    assert sum(name.endswith('decisions.parquet') for name in files) == 4 and sum(name.endswith('test.parquet') for name in files) == 1 + 3 + 2*6
+    assert sum(name.endswith('decisions.parquet') for name in files) == 5 and sum(name.endswith('test.parquet') for name in files) == 1 + 3 + 2*8
     assert pd.concat([pd.read_parquet(p) for p in undisturbed.glob('rounds/00/*/decisions.parquet')]).admitted.any()
 
 
