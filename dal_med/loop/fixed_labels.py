@@ -51,6 +51,7 @@ ARMS = dict(
     diffusion_balanced=dict(source='diffusion', gated=True, training=dict(sampling='balanced')),
     diffusion_judges=dict(source='judges', gated=True),
     diffusion_stronger=dict(source='stronger', gated=True),
+    stronger_balanced=dict(source='stronger', gated=True, training=dict(sampling='balanced')),
     restarted=dict(when='first'),
     diffusion_first=dict(source='diffusion', gated=True, when='first'),
     diffusion_last=dict(source='diffusion', gated=True, when='last'),
