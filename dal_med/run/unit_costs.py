@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-import nbformat
 import numpy as np
 import torch
 from .config import Config
@@ -76,6 +75,7 @@ def start_up(notebook: str | Path, # template of the runs
              threads: int # of each
             ) -> dict: # fixed (seconds), of them those outside of the notebook, which no record tells, and memory (bytes)
     "Seconds and memory of a run that does nothing."
+    import nbformat # here, for its import takes more than a second, which every worker would pay
     nb = nbformat.read(notebook, 4)
     first = next((i for i, c in enumerate(nb.cells) if 'parameters' in c.metadata.get('tags', [])), None)
     if first is None: raise ValueError(f'{notebook} has no cell tagged parameters, which papermill needs; tag the cell that holds the defaults')
