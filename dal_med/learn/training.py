@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_images', 'one_cycle', 'make_accelerator', 'cpu_threads', 'make_optimiser', 'newton_schulz', 'cut_traces',
-           'average_of', 'Clock', 'training_step', 'train', 'run_steps']
+           'average_of', 'take_statistics', 'Clock', 'training_step', 'train', 'run_steps']
 
 # %% ../../nbs/2_learn/training.ipynb #8677f7dc
 import math, time
@@ -14,7 +14,7 @@ from functools import partial
 from unittest.mock import patch
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from timm.optim import create_optimizer_v2, list_optimizers, muon
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -71,7 +71,7 @@ def make_optimiser(model: torch.nn.Module,
     "Torch's own AdamW, fused where it can be, or an optimiser of timm."
     if name == 'adamw': return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=device.type in ('cpu', 'cuda'))
     if name not in list_optimizers(): raise ValueError(f"optimiser is {name!r}, which timm does not know; 'adamw' and 'muon' are usual, timm.optim.list_optimizers() names all")
-    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay)
+    return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **(dict(fallback_lr_scale=.1) if name == 'muon' else {}))
 
 # %% ../../nbs/2_learn/training.ipynb #6d1f0a54
 @contextmanager
@@ -97,6 +97,18 @@ def average_of(model: torch.nn.Module, # trained elsewhere; copied
     if not 0 < ema < 1: raise ValueError(f'ema is {ema}; expected a decay in (0, 1), such as 0.99, or 0 for no average')
     def follow(average, now, k): get_ema_multi_avg_fn(min(ema, (int(k) + 1)/(int(k) + 10)))(average, now, k)
     return AveragedModel(model, device, multi_avg_fn=follow, use_buffers=True)
+
+# %% ../../nbs/2_learn/training.ipynb #6d1f0a5a
+def take_statistics(model: Classifier, # changed in place
+                    images: np.ndarray, # (n, h, w, 3) uint8
+                    p: np.ndarray, # (n,) how often each is drawn; sums to 1
+                    n: int, # images, at least; whole batches are drawn, with replacement
+                    batch_size: int,
+                    rng: np.random.Generator):
+    "Batch normalisation takes its means and variances from images that are not augmented; its mode and the weights stay."
+    device = model.head.weight.device
+    pixels = Pixels(images, device, keep=False)
+    update_bn((pixels.batch(rng.choice(len(p), batch_size, p=p)) for _ in range(-(-n//batch_size))), model, device)
 
 # %% ../../nbs/2_learn/training.ipynb #fcbea3dd
 class Clock:
@@ -147,6 +159,7 @@ def train(model: Classifier, # changed in place; left on its device, in evaluati
           augmentation: str | dict | bool = 'standard', # one of `AUGMENTATIONS`, or options of `draw_augmentation`; True: 'standard', False: 'none'
           mixing: str = 'none', # 'none', 'mixup' or 'cutmix'
           ema: float = 0., # decay of the average of the weights, which then is the classifier; 0: the last weights are
+          precise_bn: int = 0, # images over which batch normalisation takes its statistics anew at the end; 0: keeps those of training
           mixed_precision: str = 'no', # 'no', 'bf16' or 'fp16'
           rng: int | np.random.Generator = 0, # batches, augmentations and dropout
           threads: int | None = None, # CPU threads; None: as they are
@@ -156,6 +169,7 @@ def train(model: Classifier, # changed in place; left on its device, in evaluati
     labels, rng = check_labels(labels, model.n_classes), np.random.default_rng(rng)
     check_images(images, len(labels))
     if steps < 1 or batch_size < 1: raise ValueError(f'steps is {steps} and batch_size {batch_size}; both must be at least 1')
+    if precise_bn < 0: raise ValueError(f'precise_bn is {precise_bn}; expected how many images, or 0')
     recipe = make_recipe(augmentation, mixing)
     p = draw_probabilities(labels, weights, sampling)
     drawn = class_prior(labels, p, model.n_classes)
@@ -163,6 +177,7 @@ def train(model: Classifier, # changed in place; left on its device, in evaluati
     criterion = make_loss(loss, drawn, label_smoothing, accelerator.device)
     with cpu_threads(threads):
         curve, seconds = run_steps(model, images, labels, p, steps, batch_size, optimiser, lr, weight_decay, criterion, recipe, ema, accelerator, rng, progress)
+        if precise_bn: take_statistics(model, images, p, precise_bn, batch_size, rng)
     prior = drawn if loss == 'plain' else np.full(model.n_classes, 1/model.n_classes)
     return dict(loss=curve, prior=prior, drawn=drawn, seconds=seconds)
 
