@@ -153,6 +153,7 @@ def train(model: Classifier, # changed in place; left on its device, in evaluati
           *, weights: np.ndarray | None = None, # (n,) how much each image counts in its class; None: all 1
           steps: int = 300, batch_size: int = 64, # of all processes together, drawn with replacement
           lr: float = 3e-3, weight_decay: float = .05, # peak rate and decay
+          warm_up: float = .25, # share of the steps in which the rate climbs, in [0, 1)
           optimiser: str = 'adamw', # as in `make_optimiser`; 'muon' wants a rate about ten times as high
           sampling: str = 'sqrt', # of classes: 'none', 'sqrt' or 'balanced'
           loss: str = 'plain', label_smoothing: float = .05, # 'plain', 'weighted' or 'logit_adjusted'
@@ -169,6 +170,7 @@ def train(model: Classifier, # changed in place; left on its device, in evaluati
     labels, rng = check_labels(labels, model.n_classes), np.random.default_rng(rng)
     check_images(images, len(labels))
     if steps < 1 or batch_size < 1: raise ValueError(f'steps is {steps} and batch_size {batch_size}; both must be at least 1')
+    if not 0 <= warm_up < 1: raise ValueError(f'warm_up is {warm_up}; expected a share of the steps in [0, 1), such as 0.25')
     if precise_bn < 0: raise ValueError(f'precise_bn is {precise_bn}; expected how many images, or 0')
     recipe = make_recipe(augmentation, mixing)
     p = draw_probabilities(labels, weights, sampling)
@@ -176,13 +178,13 @@ def train(model: Classifier, # changed in place; left on its device, in evaluati
     accelerator = make_accelerator(mixed_precision)
     criterion = make_loss(loss, drawn, label_smoothing, accelerator.device)
     with cpu_threads(threads):
-        curve, seconds = run_steps(model, images, labels, p, steps, batch_size, optimiser, lr, weight_decay, criterion, recipe, ema, accelerator, rng, progress)
+        curve, seconds = run_steps(model, images, labels, p, steps, batch_size, optimiser, lr, weight_decay, warm_up, criterion, recipe, ema, accelerator, rng, progress)
         if precise_bn: take_statistics(model, images, p, precise_bn, batch_size, rng)
     prior = drawn if loss == 'plain' else np.full(model.n_classes, 1/model.n_classes)
     return dict(loss=curve, prior=prior, drawn=drawn, seconds=seconds)
 
 # %% ../../nbs/2_learn/training.ipynb #13deae2f
-def run_steps(model, images, labels, p, steps, batch_size, optimiser, lr, weight_decay, criterion, recipe, ema, accelerator, rng, progress):
+def run_steps(model, images, labels, p, steps, batch_size, optimiser, lr, weight_decay, warm_up, criterion, recipe, ema, accelerator, rng, progress):
     "The steps of `train`, whose arguments these are."
     world, rank = accelerator.num_processes, accelerator.process_index
     if batch_size % world: raise ValueError(f'batch_size {batch_size} cannot be shared by {world} processes; choose a multiple')
@@ -198,7 +200,7 @@ def run_steps(model, images, labels, p, steps, batch_size, optimiser, lr, weight
         with seeded(dropout_seed, accelerator.device), newton_schulz(accelerator.device):
             for step in range(steps):
                 clock.start()
-                for group in optimiser.param_groups: group['lr'] = lr * one_cycle(step, steps)
+                for group in optimiser.param_groups: group['lr'] = lr * one_cycle(step, steps, warm_up)
                 b = draw_batch(labels, p, batch_size, images.shape[1], rng, generator, further, recipe, mine)
                 x = pixels.batch(b.rows)
                 clock.lap('data')
