@@ -45,7 +45,7 @@ def reliability(
     there = count > 0
     return Reliability(count[there], said[there]/count[there], was[there]/count[there])
 
-# %% ../../nbs/2_learn/calibration_error.ipynb #10ee34ae
+# %% ../../nbs/2_learn/calibration_error.ipynb #10ee34ac
 class Binned(NamedTuple):
     "Probabilities in their bins; k is 1 for the most probable class, c for every class."
     values: np.ndarray # (n, k) probabilities
@@ -62,6 +62,7 @@ def binned(
     column = np.stack([k*bins + bin_of(v, bins, binning) for k, v in enumerate(values.T)], axis=1)
     return Binned(values, np.arange(probs.shape[1])[None] if classwise else probs.argmax(axis=1)[:, None], column, column.shape[1]*bins)
 
+# %% ../../nbs/2_learn/calibration_error.ipynb #10ee34af
 def gaps(
     labels: np.ndarray, # (n,) checked
     b: Binned,
@@ -72,6 +73,7 @@ def gaps(
     g = row.max() + 1
     return np.bincount((row[:, None]*b.bins + b.column).ravel(), ((labels[:, None] == b.of) - b.values).ravel(), minlength=g*b.bins).reshape(g, b.bins)
 
+# %% ../../nbs/2_learn/calibration_error.ipynb #10ee34ae
 def expected_calibration_error(
     labels, # (n,) class of each image
     probs, # (n, c) or (t, n, c); passes are averaged first
